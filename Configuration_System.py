@@ -1,0 +1,352 @@
+"""Every setting of the suite: its type, default, range and meaning; loading, validation and printing.
+
+Imports no torch. `configs/unified_config.yaml` is this file written out with comments; a test holds the two together.
+Refuses unknown settings, wrong types and impossible combinations with one line that says what to do.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tagger.config_io import (
+    ConfigError,
+    Loaded,
+    compose,
+    environment_layer,
+    flat_values,
+    override_layer,
+    read_environment,
+    read_recipe,
+    to_yaml,
+)
+
+ENVIRONMENT_PREFIX = "TAGGER_"
+DEFAULT_CONFIG = Path("configs/unified_config.yaml")
+PRESETS = ("vit_tiny", "vit_small", "vit_base", "vit_large")
+
+
+def _require(condition: bool, found: str, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{found}; {remedy}")
+
+
+def _positive(section: str, **values: float | None) -> None:
+    for key, value in values.items():
+        _require(value is None or value > 0, f"{section}.{key}={value} is not above 0", "use a positive number")
+
+
+def _not_negative(section: str, **values: float | None) -> None:
+    for key, value in values.items():
+        _require(
+            value is None or (value >= 0 and math.isfinite(value)),
+            f"{section}.{key}={value} is below 0 or not finite",
+            "use 0 or a positive number",
+        )
+
+
+def _fraction(section: str, **values: float | None) -> None:
+    for key, value in values.items():
+        _require(
+            value is None or 0 <= value <= 1, f"{section}.{key}={value} is not between 0 and 1", "use a share, e.g. 0.1"
+        )
+
+
+@dataclass
+class RunSection:
+    """Where a run lives: `<output_dir>/<name>/`."""
+
+    output_dir: str = "runs"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output_dir), "run.output_dir is empty", "name a folder, e.g. runs")
+        if self.name is not None:
+            bad = not self.name or self.name in {".", ".."} or any(c in self.name for c in '/\\:*?"<>|')
+            _require(not bad, f"run.name={self.name!r} is not a folder name", "use letters, digits, '-' and '_'")
+
+
+@dataclass
+class DataSection:
+    """Images, their sidecars and how they are prepared."""
+
+    roots: list[str] = field(default_factory=list)
+    annotations: str | None = None
+    extra_fields: list[str] = field(default_factory=list)
+    index_dir: str = ".tagsmith/index"
+    val_list: str | None = None
+    val_fraction: float = 0.05
+    image_size: int = 224
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    max_megapixels: float = 200.0
+    num_threads: int | None = None
+    prefetch_batches: int = 4
+
+    def __post_init__(self) -> None:
+        _positive(
+            "data",
+            image_size=self.image_size,
+            max_megapixels=self.max_megapixels,
+            num_threads=self.num_threads,
+            prefetch_batches=self.prefetch_batches,
+        )
+        _require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
+        _require(
+            len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
+            f"data.background={self.background} is not three numbers 0..255",
+            "white is [255, 255, 255]",
+        )
+
+
+@dataclass
+class VocabularySection:
+    """Which tags the model learns."""
+
+    file: str | None = None
+    min_frequency: int = 50
+    ignore_file: str | None = None
+    categories_file: str | None = None
+    ratings: Literal["tags", "ignore"] = "tags"
+
+    def __post_init__(self) -> None:
+        _positive("vocabulary", min_frequency=self.min_frequency)
+
+
+@dataclass
+class OrientationSection:
+    """When an image may be mirrored, and how its tags follow."""
+
+    mirror_probability: float = 0.5
+    map_path: str | None = "configs/orientation_map.json"
+    mode: Literal["conservative", "balanced", "permissive"] = "conservative"
+    never_flip_file: str | None = None
+    force_flip_file: str | None = None
+
+    def __post_init__(self) -> None:
+        _fraction("orientation", mirror_probability=self.mirror_probability)
+
+
+@dataclass
+class AugmentOperation:
+    """How often an operation acts (per image) and how strongly (its unit is the operation's)."""
+
+    probability: float = 0.5
+    strength: float = 0.1
+
+    def __post_init__(self) -> None:
+        _fraction("augment.*", probability=self.probability)
+        _not_negative("augment.*", strength=self.strength)
+
+
+@dataclass
+class AugmentSection:
+    """Operations on the uint8 batch on the device; null turns one off."""
+
+    rotation: AugmentOperation | None = None
+    shift: AugmentOperation | None = None
+    scale: AugmentOperation | None = None
+    brightness: AugmentOperation | None = None
+    contrast: AugmentOperation | None = None
+    saturation: AugmentOperation | None = None
+    blur: AugmentOperation | None = None
+    erasing: AugmentOperation | None = None
+
+
+@dataclass
+class ModelSection:
+    """The network: a preset, and what differs from it (null keeps the preset's value)."""
+
+    name: Literal["vit"] = "vit"
+    preset: Literal["vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_small"
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    stem: Literal["patch", "conv"] = "patch"
+    pooling: Literal["mean", "class_token"] = "mean"
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    head_bias: Literal["log_prior", "zero"] = "log_prior"
+    mask_padding: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model",
+            patch_size=self.patch_size,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            layer_scale_init=self.layer_scale_init,
+        )
+        for key, value in (("drop_path", self.drop_path), ("dropout", self.dropout)):
+            _require(0 <= value < 1, f"model.{key}={value} is not in 0 <= x < 1", "0 turns it off")
+
+
+@dataclass
+class LossSection:
+    """What is minimised: a sum over tags, averaged over images."""
+
+    name: Literal["asymmetric_focal", "focal", "binary_cross_entropy"] = "asymmetric_focal"
+    gamma_neg: float = 4.0
+    gamma_pos: float = 0.0
+    clip: float = 0.05
+    rating_weight: float | None = None
+    tag_weight_power: float = 0.0
+    ignored_tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _not_negative(
+            "loss",
+            gamma_neg=self.gamma_neg,
+            gamma_pos=self.gamma_pos,
+            rating_weight=self.rating_weight,
+            tag_weight_power=self.tag_weight_power,
+        )
+        _require(0 <= self.clip < 1, f"loss.clip={self.clip} is not in 0 <= x < 1", "0 turns the margin off")
+
+
+@dataclass
+class OptimizerSection:
+    """How weights move. `muon` moves the 2-D weights of the blocks with Muon and the rest with AdamW."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.02
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _positive(
+            "optimizer", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate, eps=self.eps
+        )
+        _not_negative("optimizer", weight_decay=self.weight_decay)
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"optimizer.betas={self.betas} is not two numbers in 0 <= x < 1",
+            "try [0.9, 0.999]",
+        )
+
+
+@dataclass
+class SchedulerSection:
+    """Learning rate as a function of the step; shares are of all steps of the run (or of a cycle)."""
+
+    name: Literal["linear_warmup_cosine", "cosine_restarts"] = "linear_warmup_cosine"
+    warmup_fraction: float = 0.05
+    min_lr_ratio: float = 0.01
+    num_cycles: int = 3
+    cycle_multiplier: float = 1.0
+    cycle_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        _fraction("scheduler", min_lr_ratio=self.min_lr_ratio, cycle_decay=self.cycle_decay)
+        _require(
+            0 <= self.warmup_fraction < 1,
+            f"scheduler.warmup_fraction={self.warmup_fraction} is not in 0 <= x < 1",
+            "try 0.05",
+        )
+        _positive("scheduler", num_cycles=self.num_cycles, cycle_multiplier=self.cycle_multiplier)
+
+
+@dataclass
+class TrainingSection:
+    """The loop."""
+
+    num_epochs: int = 30
+    batch_size: int = 64
+    accumulation_steps: int = 1
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    seed: int = 42
+    mixed_precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    clip_grad_norm: float | None = 1.0
+    ema_decay: float | None = 0.999
+    early_stopping_patience: int | None = None
+    early_stopping_min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(
+            "training",
+            num_epochs=self.num_epochs,
+            batch_size=self.batch_size,
+            accumulation_steps=self.accumulation_steps,
+            clip_grad_norm=self.clip_grad_norm,
+            early_stopping_patience=self.early_stopping_patience,
+        )
+        _not_negative("training", seed=self.seed, early_stopping_min_delta=self.early_stopping_min_delta)
+        if self.ema_decay is not None:
+            _require(
+                0 < self.ema_decay < 1,
+                f"training.ema_decay={self.ema_decay} is not between 0 and 1",
+                "try 0.999, or null to turn it off",
+            )
+
+
+@dataclass
+class ValidationSection:
+    """The held-out check after epochs."""
+
+    every_epochs: int = 1
+    batch_size: int | None = None
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        _positive("validation", every_epochs=self.every_epochs, batch_size=self.batch_size)
+        _require(0 < self.threshold < 1, f"validation.threshold={self.threshold} is not between 0 and 1", "try 0.5")
+
+
+@dataclass
+class CheckpointSection:
+    """What is kept of a run and where it starts."""
+
+    every_steps: int = 1000
+    keep_last: int = 3
+    best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"
+    resume: str = "none"
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        _require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, none or the path of a checkpoint")
+
+
+@dataclass
+class MonitorSection:
+    """Where numbers go."""
+
+    log_every_steps: int = 20
+    tensorboard: bool = True
+    sample_images: int = 8
+    wandb: bool = False
+    wandb_project: str = "tagsmith"
+    wandb_mode: Literal["online", "offline"] = "offline"
+
+    def __post_init__(self) -> None:
+        _positive("monitor", log_every_steps=self.log_every_steps)
+        _not_negative("monitor", sample_images=self.sample_images)
+
+
+@dataclass
+class FullConfig:
+    """The whole tree, validated."""
+
+    run: RunSection = field(default_factory=RunSection)
+    data: DataSection = field(default_factory=DataSection)
+    vocabulary: VocabularySection = field(default_factory=VocabularySection)
+    orientation: OrientationSection = field(default_factory=OrientationSection)
+    augment: AugmentSection = field(default_factory=AugmentSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    loss: LossSection = field(default_factory=LossSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    monitor: MonitorSection = field(default_factory=MonitorSection)

@@ -1,0 +1,205 @@
+"""Typed configuration trees: dataclass <-> YAML, recipes on top of recipes, overrides, and where each value came from.
+
+Knows nothing of any particular setting. Refuses unknown keys (naming the nearest one), values of the wrong type,
+files that do not exist, recipes that include each other, and ``${...}`` interpolation (a recipe is data, not code).
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that its author can mend; the message is one line that says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of settings: ``source`` names it for people, ``values`` maps dotted keys to values."""
+
+    source: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """A validated tree and, for each dotted key, the source that had the last word."""
+
+    tree: T
+    origin: dict[str, str]
+
+
+def read_recipe(path: Path) -> list[Layer]:
+    """Layers of a recipe, its ``defaults`` first. A default is named without ``.yaml``, beside the recipe."""
+    return _read_recipe(path, ())
+
+
+def _read_recipe(path: Path, parents: tuple[Path, ...]) -> list[Layer]:
+    resolved = path.resolve()
+    if resolved in parents:
+        chain = " -> ".join(p.name for p in (*parents, resolved))
+        raise ConfigError(f"{path}: recipes include each other ({chain}); remove one of the 'defaults'")
+    if not resolved.is_file():
+        folder = resolved.parent
+        names = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        found = f"{path.parent} holds {', '.join(names)}" if names else f"{path.parent} holds no .yaml file"
+        raise ConfigError(f"configuration file {path} does not exist; {found}")
+    try:
+        content = yaml.safe_load(resolved.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}; expected 'section:' blocks of settings")
+    defaults = content.pop("defaults", [])
+    if isinstance(defaults, str):
+        defaults = [defaults]
+    if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
+        raise ConfigError(f"{path}: 'defaults' must be a list of recipe names, for example [unified_config]")
+    layers: list[Layer] = []
+    for name in defaults:
+        layers += _read_recipe(path.parent / f"{name}.yaml", (*parents, resolved))
+    return [*layers, Layer(f"file {path}", _flatten(content))]
+
+
+def environment_layer(prefix: str, environment: Mapping[str, str]) -> Layer:
+    """``PREFIX_SECTION__KEY=value`` as ``section.key``; the value is read as YAML-like text."""
+    values = {
+        name[len(prefix) :].lower().replace("__", "."): text
+        for name, text in sorted(environment.items())
+        if name.startswith(prefix) and "__" in name[len(prefix) :]
+    }
+    return Layer("environment", {key: _parse_value(f"{prefix}{key}", text) for key, text in values.items()})
+
+
+def override_layer(overrides: Iterable[str], source: str = "command line") -> Layer:
+    """``section.key=value`` words as a layer."""
+    values: dict[str, Any] = {}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise ConfigError(f"'{word}' is not a setting; write section.key=value, for example training.num_epochs=3")
+        values[key] = _parse_value(key, text)
+    return Layer(source, values)
+
+
+def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
+    """Merge layers over the schema's defaults, later ones winning, and build the typed tree (which validates itself)."""
+    known = _schema_keys(schema)
+    tree = OmegaConf.structured(schema)
+    origin = dict.fromkeys(_flatten(_to_plain(schema())), "default")
+    for layer in layers:
+        for key, value in layer.values.items():
+            if key not in known:
+                raise ConfigError(f"{layer.source}: unknown setting '{key}'{_nearest(key, known)}")
+            if _has_interpolation(value):
+                raise ConfigError(
+                    f"{layer.source}: {key} uses '${{...}}', which recipes may not; write the value itself"
+                )
+            try:
+                tree = typing.cast(DictConfig, OmegaConf.merge(tree, _nest(key, value)))
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"{layer.source}: {key}={value!r}: {reason}") from error
+            for stale in [k for k in origin if k.startswith(f"{key}.")]:
+                del origin[stale]
+            origin[key] = layer.source
+    try:
+        built = typing.cast(T, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    plain = _flatten(_to_plain(built))
+    return Loaded(built, {key: _origin_of(key, origin) for key in plain})
+
+
+def to_yaml(tree: object) -> str:
+    """The whole tree as YAML that ``compose`` reads back to an equal tree."""
+    return yaml.safe_dump(_to_plain(tree), sort_keys=False, allow_unicode=True, width=120)
+
+
+def flat_values(tree: object) -> dict[str, Any]:
+    """Every setting of a tree as ``{"section.key": value}``."""
+    return _flatten(_to_plain(tree))
+
+
+def _to_plain(tree: object) -> dict[str, Any]:
+    assert dataclasses.is_dataclass(tree) and not isinstance(tree, type)
+    return dataclasses.asdict(tree)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{key}={text}: {' '.join(str(error).split())}") from error
+    return typing.cast(dict[str, Any], parsed)["value"]
+
+
+def _has_interpolation(value: Any) -> bool:
+    if isinstance(value, str):
+        return "${" in value
+    if isinstance(value, Mapping):
+        return any(_has_interpolation(item) for item in value.values())
+    return isinstance(value, list) and any(_has_interpolation(item) for item in value)
+
+
+def _schema_keys(schema: Any, prefix: str = "") -> set[str]:
+    """Every dotted key that the schema knows, groups included (so that a whole group can be set to null)."""
+    keys: set[str] = set()
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        name = f"{prefix}{field.name}"
+        keys.add(name)
+        hint = hints[field.name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        for option in options:
+            if isinstance(option, type) and dataclasses.is_dataclass(option):
+                keys |= _schema_keys(option, f"{name}.")
+    return keys
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    leaves = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6) or sorted(leaves)[:1]
+    return f"; did you mean '{close[0]}'?" if close else "; 'python Configuration_System.py show FILE' lists them all"
+
+
+def _origin_of(key: str, origin: Mapping[str, str]) -> str:
+    while key not in origin and "." in key:
+        key = key.rpartition(".")[0]
+    return origin.get(key, "default")
+
+
+def read_environment() -> Mapping[str, str]:
+    """The process environment, in one place so that tests can pass their own."""
+    return os.environ

@@ -1,0 +1,59 @@
+"""Files that outlive a process: atomic replacement and format versions. Refuses files newer than the reader."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+
+class FormatError(ValueError):
+    """A file that this version cannot read; the message names it and says what to do."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a reader sees the old file or the new one, never a part (fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Atomic, indented JSON; NumPy scalars are allowed, NaN becomes null."""
+    write_atomic(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+
+def read_json(path: Path, kind: str, format_version: int) -> dict[str, Any]:
+    """The object in a JSON file of ours. `kind` names it for people ("vocabulary").
+
+    Raises FormatError when it is missing, not a JSON object, or newer than `format_version`.
+    """
+    try:
+        content = orjson.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FormatError(f"{kind} {path} does not exist") from error
+    except orjson.JSONDecodeError as error:
+        raise FormatError(
+            f"{kind} {path} is not valid JSON ({error}); restore it from a copy or make it anew"
+        ) from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{kind} {path} holds a {type(content).__name__}; expected a JSON object")
+    found = content.get("format_version")
+    if not isinstance(found, int) or found < 1:
+        raise FormatError(f"{kind} {path} has no format_version; it was not written by this program")
+    if found > format_version:
+        raise FormatError(
+            f"{kind} {path} has format_version {found}, this program reads up to {format_version}; update the program"
+        )
+    return content
