@@ -5,9 +5,9 @@ Refuses unknown settings, wrong types and impossible combinations with one line 
 """
 
 import argparse
-import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,41 +18,16 @@ from tagger.config_io import (
     compose,
     environment_layer,
     flat_values,
+    fraction,
+    not_negative,
     override_layer,
-    read_environment,
+    positive,
     read_recipe,
-    to_yaml,
+    require,
 )
 
 ENVIRONMENT_PREFIX = "TAGGER_"
-DEFAULT_CONFIG = Path("configs/unified_config.yaml")
-PRESETS = ("vit_tiny", "vit_small", "vit_base", "vit_large")
-
-
-def _require(condition: bool, found: str, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{found}; {remedy}")
-
-
-def _positive(section: str, **values: float | None) -> None:
-    for key, value in values.items():
-        _require(value is None or value > 0, f"{section}.{key}={value} is not above 0", "use a positive number")
-
-
-def _not_negative(section: str, **values: float | None) -> None:
-    for key, value in values.items():
-        _require(
-            value is None or (value >= 0 and math.isfinite(value)),
-            f"{section}.{key}={value} is below 0 or not finite",
-            "use 0 or a positive number",
-        )
-
-
-def _fraction(section: str, **values: float | None) -> None:
-    for key, value in values.items():
-        _require(
-            value is None or 0 <= value <= 1, f"{section}.{key}={value} is not between 0 and 1", "use a share, e.g. 0.1"
-        )
+PRESET_PATCH_SIZE = 16  # of every preset; the model's own table is held against it by a test
 
 
 @dataclass
@@ -63,10 +38,10 @@ class RunSection:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.output_dir), "run.output_dir is empty", "name a folder, e.g. runs")
+        require(bool(self.output_dir), "run.output_dir is empty", "name a folder, e.g. runs")
         if self.name is not None:
             bad = not self.name or self.name in {".", ".."} or any(c in self.name for c in '/\\:*?"<>|')
-            _require(not bad, f"run.name={self.name!r} is not a folder name", "use letters, digits, '-' and '_'")
+            require(not bad, f"run.name={self.name!r} is not a folder name", "use letters, digits, '-' and '_'")
 
 
 @dataclass
@@ -86,15 +61,15 @@ class DataSection:
     prefetch_batches: int = 4
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             "data",
             image_size=self.image_size,
             max_megapixels=self.max_megapixels,
             num_threads=self.num_threads,
             prefetch_batches=self.prefetch_batches,
         )
-        _require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
-        _require(
+        require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
+        require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
             f"data.background={self.background} is not three numbers 0..255",
             "white is [255, 255, 255]",
@@ -112,7 +87,7 @@ class VocabularySection:
     ratings: Literal["tags", "ignore"] = "tags"
 
     def __post_init__(self) -> None:
-        _positive("vocabulary", min_frequency=self.min_frequency)
+        positive("vocabulary", min_frequency=self.min_frequency)
 
 
 @dataclass
@@ -126,7 +101,7 @@ class OrientationSection:
     force_flip_file: str | None = None
 
     def __post_init__(self) -> None:
-        _fraction("orientation", mirror_probability=self.mirror_probability)
+        fraction("orientation", mirror_probability=self.mirror_probability)
 
 
 @dataclass
@@ -137,8 +112,8 @@ class AugmentOperation:
     strength: float = 0.1
 
     def __post_init__(self) -> None:
-        _fraction("augment.*", probability=self.probability)
-        _not_negative("augment.*", strength=self.strength)
+        fraction("augment.*", probability=self.probability)
+        not_negative("augment.*", strength=self.strength)
 
 
 @dataclass
@@ -176,7 +151,7 @@ class ModelSection:
     mask_padding: bool = False
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             "model",
             patch_size=self.patch_size,
             embed_dim=self.embed_dim,
@@ -186,7 +161,7 @@ class ModelSection:
             layer_scale_init=self.layer_scale_init,
         )
         for key, value in (("drop_path", self.drop_path), ("dropout", self.dropout)):
-            _require(0 <= value < 1, f"model.{key}={value} is not in 0 <= x < 1", "0 turns it off")
+            require(0 <= value < 1, f"model.{key}={value} is not in 0 <= x < 1", "0 turns it off")
 
 
 @dataclass
@@ -202,14 +177,14 @@ class LossSection:
     ignored_tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _not_negative(
+        not_negative(
             "loss",
             gamma_neg=self.gamma_neg,
             gamma_pos=self.gamma_pos,
             rating_weight=self.rating_weight,
             tag_weight_power=self.tag_weight_power,
         )
-        _require(0 <= self.clip < 1, f"loss.clip={self.clip} is not in 0 <= x < 1", "0 turns the margin off")
+        require(0 <= self.clip < 1, f"loss.clip={self.clip} is not in 0 <= x < 1", "0 turns the margin off")
 
 
 @dataclass
@@ -224,11 +199,11 @@ class OptimizerSection:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             "optimizer", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate, eps=self.eps
         )
-        _not_negative("optimizer", weight_decay=self.weight_decay)
-        _require(
+        not_negative("optimizer", weight_decay=self.weight_decay)
+        require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optimizer.betas={self.betas} is not two numbers in 0 <= x < 1",
             "try [0.9, 0.999]",
@@ -247,13 +222,13 @@ class SchedulerSection:
     cycle_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        _fraction("scheduler", min_lr_ratio=self.min_lr_ratio, cycle_decay=self.cycle_decay)
-        _require(
+        fraction("scheduler", min_lr_ratio=self.min_lr_ratio, cycle_decay=self.cycle_decay)
+        require(
             0 <= self.warmup_fraction < 1,
             f"scheduler.warmup_fraction={self.warmup_fraction} is not in 0 <= x < 1",
             "try 0.05",
         )
-        _positive("scheduler", num_cycles=self.num_cycles, cycle_multiplier=self.cycle_multiplier)
+        positive("scheduler", num_cycles=self.num_cycles, cycle_multiplier=self.cycle_multiplier)
 
 
 @dataclass
@@ -273,7 +248,7 @@ class TrainingSection:
     early_stopping_min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             "training",
             num_epochs=self.num_epochs,
             batch_size=self.batch_size,
@@ -281,9 +256,9 @@ class TrainingSection:
             clip_grad_norm=self.clip_grad_norm,
             early_stopping_patience=self.early_stopping_patience,
         )
-        _not_negative("training", seed=self.seed, early_stopping_min_delta=self.early_stopping_min_delta)
+        not_negative("training", seed=self.seed, early_stopping_min_delta=self.early_stopping_min_delta)
         if self.ema_decay is not None:
-            _require(
+            require(
                 0 < self.ema_decay < 1,
                 f"training.ema_decay={self.ema_decay} is not between 0 and 1",
                 "try 0.999, or null to turn it off",
@@ -299,8 +274,8 @@ class ValidationSection:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        _positive("validation", every_epochs=self.every_epochs, batch_size=self.batch_size)
-        _require(0 < self.threshold < 1, f"validation.threshold={self.threshold} is not between 0 and 1", "try 0.5")
+        positive("validation", every_epochs=self.every_epochs, batch_size=self.batch_size)
+        require(0 < self.threshold < 1, f"validation.threshold={self.threshold} is not between 0 and 1", "try 0.5")
 
 
 @dataclass
@@ -313,8 +288,8 @@ class CheckpointSection:
     resume: str = "none"
 
     def __post_init__(self) -> None:
-        _positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
-        _require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, none or the path of a checkpoint")
+        positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, none or the path of a checkpoint")
 
 
 @dataclass
@@ -329,8 +304,8 @@ class MonitorSection:
     wandb_mode: Literal["online", "offline"] = "offline"
 
     def __post_init__(self) -> None:
-        _positive("monitor", log_every_steps=self.log_every_steps)
-        _not_negative("monitor", sample_images=self.sample_images)
+        positive("monitor", log_every_steps=self.log_every_steps)
+        not_negative("monitor", sample_images=self.sample_images)
 
 
 @dataclass
@@ -350,3 +325,127 @@ class FullConfig:
     validation: ValidationSection = field(default_factory=ValidationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     monitor: MonitorSection = field(default_factory=MonitorSection)
+
+    def __post_init__(self) -> None:
+        patch = self.model.patch_size or PRESET_PATCH_SIZE
+        size = self.data.image_size
+        below = size // patch * patch
+        nearest = f"{below} or {below + patch}" if below else f"{patch}"
+        require(
+            size % patch == 0,
+            f"data.image_size={size} is not a multiple of model.patch_size={patch}",
+            f"use {nearest}",
+        )
+        require(
+            self.loss.rating_weight is None or self.vocabulary.ratings == "tags",
+            f"loss.rating_weight={self.loss.rating_weight} needs ratings, but vocabulary.ratings is "
+            f"'{self.vocabulary.ratings}'",
+            "set vocabulary.ratings=tags or loss.rating_weight=null",
+        )
+        require(
+            self.training.early_stopping_patience is None
+            or self.training.early_stopping_patience * self.validation.every_epochs < self.training.num_epochs,
+            f"training.early_stopping_patience={self.training.early_stopping_patience} never acts within "
+            f"training.num_epochs={self.training.num_epochs}",
+            "lower it, or set it to null",
+        )
+
+
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
+) -> FullConfig:
+    """The validated configuration of a recipe; raises ConfigError with one line that says what to do.
+
+    Precedence: defaults < file (and the recipes that it names in `defaults`) < environment < `overrides`
+    ("section.key=value" words). `environment` is the process's own where it is None.
+    """
+    return load_with_origin(path, overrides, environment).tree
+
+
+def load_with_origin(
+    path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
+) -> Loaded[FullConfig]:
+    """As `load_config`, with the source that set each value."""
+    environment = os.environ if environment is None else environment
+    layers = [
+        *read_recipe(Path(path)),
+        environment_layer(ENVIRONMENT_PREFIX, environment),
+        override_layer(overrides),
+    ]
+    loaded = compose(FullConfig, layers)
+    if loaded.tree.run.name is None:
+        loaded.tree.run.name = Path(path).stem
+        loaded.origin["run.name"] = "name of the file"
+    return loaded
+
+
+def check_paths(config: FullConfig) -> None:
+    """Raises ConfigError for the first file or folder that the configuration names and that is not there."""
+    require(bool(config.data.roots), "data.roots is empty", "name at least one folder, e.g. data.roots=[/my/images]")
+    for root in config.data.roots:
+        require(
+            Path(root).is_dir(),
+            f"data.roots: {root} is not a folder (looked in {Path.cwd()})",
+            "give the folder that holds the images and their sidecars",
+        )
+    files = {
+        "data.annotations": config.data.annotations,
+        "data.val_list": config.data.val_list,
+        "vocabulary.file": config.vocabulary.file,
+        "vocabulary.ignore_file": config.vocabulary.ignore_file,
+        "vocabulary.categories_file": config.vocabulary.categories_file,
+        "orientation.map_path": config.orientation.map_path,
+        "orientation.never_flip_file": config.orientation.never_flip_file,
+        "orientation.force_flip_file": config.orientation.force_flip_file,
+    }
+    for key, name in files.items():
+        require(
+            name is None or Path(name).is_file(),
+            f"{key}: {name} is not a file (looked in {Path.cwd()})",
+            "correct the path, or set it to null",
+        )
+
+
+def describe(loaded: Loaded[FullConfig]) -> str:
+    """Every setting, its value and its source, one a line."""
+    lines = ["# precedence: defaults < file < environment (TAGGER_SECTION__KEY) < command line"]
+    values = flat_values(loaded.tree)
+    width = max(len(f"{key}: {value}") for key, value in values.items() if len(f"{key}: {value}") <= 60)
+    lines += [f"{f'{key}: {_yaml_scalar(value)}':<{width}}  # {loaded.origin[key]}" for key, value in values.items()]
+    return "\n".join(lines)
+
+
+def _yaml_scalar(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 when the configuration is good, 2 with one line on stderr when it is not."""
+    parser = argparse.ArgumentParser(
+        description="Check a configuration, or print every setting with its value and where it came from.",
+        epilog="example: python Configuration_System.py show configs/demo.yaml training.num_epochs=3",
+    )
+    parser.add_argument("action", choices=("validate", "show"))
+    parser.add_argument("file", type=Path, help="a recipe, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    try:
+        loaded = load_with_origin(options.file, options.overrides)
+        if options.action == "validate":
+            check_paths(loaded.tree)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.action == "show":
+        print(describe(loaded))
+    else:
+        print(f"{options.file}: {len(loaded.origin)} settings, all valid")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

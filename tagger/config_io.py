@@ -6,7 +6,7 @@ files that do not exist, recipes that include each other, and ``${...}`` interpo
 
 import dataclasses
 import difflib
-import os
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,11 +18,43 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tagger.files import write_atomic
+
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
     """A configuration that its author can mend; the message is one line that says what was found and what to do."""
+
+
+def require(condition: bool, found: str, remedy: str) -> None:
+    """Raise ConfigError "<found>; <remedy>" unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{found}; {remedy}")
+
+
+def positive(section: str, **values: float | None) -> None:
+    """Each setting of `section` is above 0 (None passes)."""
+    for key, value in values.items():
+        require(value is None or value > 0, f"{section}.{key}={value} is not above 0", "use a positive number")
+
+
+def not_negative(section: str, **values: float | None) -> None:
+    """Each setting of `section` is finite and at least 0 (None passes)."""
+    for key, value in values.items():
+        require(
+            value is None or (value >= 0 and math.isfinite(value)),
+            f"{section}.{key}={value} is below 0 or not finite",
+            "use 0 or a positive number",
+        )
+
+
+def fraction(section: str, **values: float | None) -> None:
+    """Each setting of `section` lies within 0..1 (None passes)."""
+    for key, value in values.items():
+        require(
+            value is None or 0 <= value <= 1, f"{section}.{key}={value} is not between 0 and 1", "use a share, e.g. 0.1"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +129,7 @@ def override_layer(overrides: Iterable[str], source: str = "command line") -> La
 
 
 def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
-    """Merge layers over the schema's defaults, later ones winning, and build the typed tree (which validates itself)."""
+    """Merge layers over the schema's defaults, later ones winning; the typed tree validates itself as it is built."""
     known = _schema_keys(schema)
     tree = OmegaConf.structured(schema)
     origin = dict.fromkeys(_flatten(_to_plain(schema())), "default")
@@ -125,9 +157,10 @@ def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
     return Loaded(built, {key: _origin_of(key, origin) for key in plain})
 
 
-def to_yaml(tree: object) -> str:
-    """The whole tree as YAML that ``compose`` reads back to an equal tree."""
-    return yaml.safe_dump(_to_plain(tree), sort_keys=False, allow_unicode=True, width=120)
+def save_yaml(tree: object, path: Path) -> None:
+    """Write the whole tree as YAML that ``compose`` reads back to an equal tree."""
+    text = yaml.safe_dump(_to_plain(tree), sort_keys=False, allow_unicode=True, width=120)
+    write_atomic(path, text.encode())
 
 
 def flat_values(tree: object) -> dict[str, Any]:
@@ -198,8 +231,3 @@ def _origin_of(key: str, origin: Mapping[str, str]) -> str:
     while key not in origin and "." in key:
         key = key.rpartition(".")[0]
     return origin.get(key, "default")
-
-
-def read_environment() -> Mapping[str, str]:
-    """The process environment, in one place so that tests can pass their own."""
-    return os.environ
