@@ -111,10 +111,6 @@ class AugmentOperation:
     probability: float = 0.5
     strength: float = 0.1
 
-    def __post_init__(self) -> None:
-        fraction("augment.*", probability=self.probability)
-        not_negative("augment.*", strength=self.strength)
-
 
 @dataclass
 class AugmentSection:
@@ -128,6 +124,12 @@ class AugmentSection:
     saturation: AugmentOperation | None = None
     blur: AugmentOperation | None = None
     erasing: AugmentOperation | None = None
+
+    def __post_init__(self) -> None:
+        for name, operation in vars(self).items():
+            if operation is not None:
+                fraction(f"augment.{name}", probability=operation.probability)
+                not_negative(f"augment.{name}", strength=operation.strength)
 
 
 @dataclass

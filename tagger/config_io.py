@@ -18,12 +18,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tagger.errors import InputError
 from tagger.files import write_atomic
 
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that its author can mend; the message is one line that says what was found and what to do."""
 
 

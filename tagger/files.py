@@ -8,8 +8,10 @@ from typing import Any
 
 import orjson
 
+from tagger.errors import InputError
 
-class FormatError(ValueError):
+
+class FormatError(InputError):
     """A file that this version cannot read; the message names it and says what to do."""
 
 
