@@ -1,0 +1,1 @@
+"""Commands: thin programs over the chapters, each run as `python -m scripts.NAME`."""
