@@ -1,0 +1,177 @@
+"""The learning rate as a pure function of the step: no state, so that resuming needs the step alone.
+
+A schedule's ``factor(step)`` multiplies each parameter group's base learning rate; ``step`` counts the updates already
+made, so the first update is at step 0. Refuses schedules that do not fit into the steps of the run.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from Configuration_System import SchedulerSection
+from tagger.registry import Registry
+
+
+class Schedule(Protocol):
+    """Base learning rate multiplier as a function of the step."""
+
+    def factor(self, step: int) -> float:
+        """Multiplier for the update made after ``step`` updates."""
+        ...
+
+
+def _check_step(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"step={step} is below 0; steps count the updates already made")
+
+
+def _check_common(total_steps: int, min_lr_ratio: float) -> None:
+    if total_steps < 1:
+        raise ValueError(f"total_steps={total_steps} is below 1; a run needs at least one update")
+    if not 0 <= min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio={min_lr_ratio} is not between 0 and 1; use a share, e.g. 0.01")
+
+
+def _cosine(progress: float) -> float:
+    """Half a cosine from 1 (progress 0) to 0 (progress 1)."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class LinearWarmupCosineLR:
+    """A straight rise to 1, then half a cosine down to ``min_lr_ratio``, where it stays.
+
+    Step ``s`` of ``w`` warm-up steps has factor ``(s+1) / (w+1)``: the first update already moves, and the peak is
+    reached once, at step ``w``. From there ``min + (1-min) * (1 + cos(pi * (s-w) / (total-w))) / 2``.
+    """
+
+    total_steps: int
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_common(self.total_steps, self.min_lr_ratio)
+        if not 0 <= self.warmup_steps <= self.total_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is not between 0 and total_steps={self.total_steps}")
+
+    def factor(self, step: int) -> float:
+        """Multiplier for the update made after ``step`` updates."""
+        _check_step(step)
+        if step >= self.total_steps:
+            return self.min_lr_ratio
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * _cosine(progress)
+
+
+@dataclass(frozen=True)
+class CosineAnnealingWarmupRestarts:
+    """Cycles of a straight rise from ``min_lr_ratio`` to a peak and half a cosine back, filling the run exactly.
+
+    Each cycle is ``cycle_multiplier`` times as long as the one before it and peaks ``cycle_decay`` times as high (never
+    below ``min_lr_ratio``). ``warmup_fraction`` is the share of a cycle spent rising; step ``s`` of its ``w`` warm-up
+    steps has factor ``min + (peak-min) * (s+1) / (w+1)``. Past the end it stays at ``min_lr_ratio``.
+    """
+
+    total_steps: int
+    num_cycles: int = 1
+    warmup_fraction: float = 0.0
+    cycle_multiplier: float = 1.0
+    cycle_decay: float = 1.0
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_common(self.total_steps, self.min_lr_ratio)
+        if self.num_cycles < 1:
+            raise ValueError(f"num_cycles={self.num_cycles} is below 1; 1 is a single cosine")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction={self.warmup_fraction} is not in 0 <= x < 1; try 0.05")
+        if not (math.isfinite(self.cycle_multiplier) and self.cycle_multiplier > 0):
+            raise ValueError(f"cycle_multiplier={self.cycle_multiplier} is not above 0; 1 keeps cycles equally long")
+        if not 0 <= self.cycle_decay <= 1:
+            raise ValueError(f"cycle_decay={self.cycle_decay} is not between 0 and 1; 1 keeps peaks equally high")
+        if self.num_cycles > self.total_steps:
+            raise ValueError(f"num_cycles={self.num_cycles} is more than total_steps={self.total_steps}; use fewer")
+        starts = self.cycle_starts()
+        if any(end <= start for start, end in pairwise(starts)):
+            raise ValueError(
+                f"{self.num_cycles} cycles with cycle_multiplier={self.cycle_multiplier} leave a cycle without a step "
+                f"in {self.total_steps} steps; use fewer cycles, or a cycle_multiplier nearer to 1"
+            )
+
+    def cycle_starts(self) -> tuple[int, ...]:
+        """First step of each cycle, and ``total_steps`` last: ``num_cycles + 1`` numbers."""
+        # Lengths relative to the longest cycle, so that no power overflows.
+        longest = self.num_cycles - 1 if self.cycle_multiplier > 1 else 0
+        lengths = [self.cycle_multiplier ** (cycle - longest) for cycle in range(self.num_cycles)]
+        ends = list(accumulate(lengths))
+        return (0, *(round(self.total_steps * end / ends[-1]) for end in ends))
+
+    def factor(self, step: int) -> float:
+        """Multiplier for the update made after ``step`` updates."""
+        _check_step(step)
+        if step >= self.total_steps:
+            return self.min_lr_ratio
+        starts = self.cycle_starts()
+        cycle = sum(start <= step for start in starts) - 1
+        length, within = starts[cycle + 1] - starts[cycle], step - starts[cycle]
+        warmup_steps = _warmup_steps(self.warmup_fraction, length)
+        height = max(self.cycle_decay**cycle, self.min_lr_ratio) - self.min_lr_ratio
+        if within < warmup_steps:
+            return self.min_lr_ratio + height * (within + 1) / (warmup_steps + 1)
+        return self.min_lr_ratio + height * _cosine((within - warmup_steps) / (length - warmup_steps))
+
+
+def _warmup_steps(fraction: float, steps: int) -> int:
+    """A share of the steps in whole steps, one of which is always left for the peak."""
+    return min(round(fraction * steps), steps - 1)
+
+
+ScheduleFactory: TypeAlias = Callable[[SchedulerSection, int], Schedule]
+SCHEDULES: Registry[ScheduleFactory] = Registry("scheduler")
+
+
+@SCHEDULES.register("linear_warmup_cosine")
+def _linear_warmup_cosine(section: SchedulerSection, total_steps: int) -> Schedule:
+    return LinearWarmupCosineLR(total_steps, _warmup_steps(section.warmup_fraction, total_steps), section.min_lr_ratio)
+
+
+@SCHEDULES.register("cosine_restarts")
+def _cosine_restarts(section: SchedulerSection, total_steps: int) -> Schedule:
+    return CosineAnnealingWarmupRestarts(
+        total_steps,
+        section.num_cycles,
+        section.warmup_fraction,
+        section.cycle_multiplier,
+        section.cycle_decay,
+        section.min_lr_ratio,
+    )
+
+
+def create_scheduler(section: SchedulerSection, total_steps: int) -> Schedule:
+    """The schedule that a recipe names, over ``total_steps`` updates."""
+    if total_steps < 1:
+        raise ValueError(f"total_steps={total_steps} is below 1; a run needs at least one update")
+    return SCHEDULES.get(section.name)(section, total_steps)
+
+
+def apply(schedule: Schedule, optimizer: Optimizer, step: int) -> float:
+    """Set every group's ``lr`` to its ``initial_lr`` times the factor at ``step``, and return the factor.
+
+    A group's ``initial_lr`` is its ``lr`` when it is first seen, and travels with the optimizer's state dict. An ``lr``
+    that is a tensor is filled in place, so that a captured or compiled update sees the change.
+    """
+    factor = schedule.factor(step)
+    for group in optimizer.param_groups:
+        base = group.setdefault("initial_lr", float(group["lr"]))
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(base * factor)
+        else:
+            group["lr"] = base * factor
+    return factor
