@@ -43,6 +43,12 @@ class RunSection:
             bad = not self.name or self.name in {".", ".."} or any(c in self.name for c in '/\\:*?"<>|')
             require(not bad, f"run.name={self.name!r} is not a folder name", "use letters, digits, '-' and '_'")
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder; `load_config` has given every run its name."""
+        assert self.name is not None
+        return Path(self.output_dir) / self.name
+
 
 @dataclass
 class DataSection:
@@ -406,6 +412,13 @@ def check_paths(config: FullConfig) -> None:
             f"{key}: {name} is not a file (looked in {Path.cwd()})",
             "correct the path, or set it to null",
         )
+
+
+def changed_settings(saved: Path, config: FullConfig) -> list[str]:
+    """What differs from a run's saved configuration, as "section.key: old -> new", the resume setting aside."""
+    before, now = flat_values(load_config(saved, environment={})), flat_values(config)
+    keys = [key for key in {**before, **now} if key != "checkpoint.resume"]
+    return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
 
 
 def describe(loaded: Loaded[FullConfig]) -> str:

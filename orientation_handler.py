@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagger.data.sidecar import clean_tag
+from tagger.errors import InputError
 from tagger.files import FormatError
 from tagger.mirror_rules import Rule, make_rule, rewrite
 from tagger.rng import mix, stable_id, uniform
@@ -49,7 +50,7 @@ _DIRECTIONAL = re.compile(
 _SINGLE = re.compile("single[_ -]", re.IGNORECASE | re.ASCII)
 
 
-class OrientationError(ValueError):
+class OrientationError(InputError):
     """An orientation map or list that its author can mend; the message is one line that names the entry."""
 
 

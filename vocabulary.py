@@ -20,8 +20,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from Configuration_System import VocabularySection
 from tagger.data.index import DatasetError, MetadataIndex, open_index
 from tagger.data.sidecar import RATINGS, clean_tag
+from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 
 FORMAT_VERSION = 1
@@ -36,7 +38,7 @@ _PLACEHOLDERS = frozenset({"<PAD>", "<UNK>"})
 _log = logging.getLogger(__name__)
 
 
-class VocabularyError(ValueError):
+class VocabularyError(InputError):
     """Tags, counts or lists of tags that their owner can mend; the message is one line."""
 
 
@@ -228,6 +230,26 @@ def build_vocabulary(
             f"'{top}' has count {counts[top]:,}; lower vocabulary.min_frequency to {counts[top]} or less"
         )
     return TagVocabulary.from_counts(kept, categories)
+
+
+def configured_vocabulary(section: VocabularySection, index: MetadataIndex) -> TagVocabulary:
+    """The vocabulary that a recipe asks for: `vocabulary.file` where it is set, else made from the index."""
+    if section.file is not None:
+        return TagVocabulary.load(section.file)
+    return build_vocabulary(
+        index,
+        section.min_frequency,
+        ignore=() if section.ignore_file is None else read_ignore_file(section.ignore_file),
+        ratings=section.ratings,
+        categories={} if section.categories_file is None else read_categories_file(section.categories_file),
+    )
+
+
+def tag_shares(index: MetadataIndex, vocabulary: TagVocabulary) -> NDArray[np.float64]:
+    """Share of the index's images that carry each tag, [C] 0..1, whatever data the vocabulary was made from."""
+    counts = dict(zip(index.tag_names, index.tag_counts().tolist(), strict=True))
+    counts |= {RATING_PREFIX + rating: count for rating, count in index.rating_counts().items()}
+    return np.array([counts.get(tag, 0) for tag in vocabulary.tags], dtype=np.float64) / len(index)
 
 
 def read_ignore_file(path: Path | str) -> tuple[str, ...]:

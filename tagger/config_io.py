@@ -6,6 +6,7 @@ files that do not exist, recipes that include each other, and ``${...}`` interpo
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import types
 import typing
@@ -162,6 +163,11 @@ def save_yaml(tree: object, path: Path) -> None:
     """Write the whole tree as YAML that ``compose`` reads back to an equal tree."""
     text = yaml.safe_dump(_to_plain(tree), sort_keys=False, allow_unicode=True, width=120)
     write_atomic(path, text.encode())
+
+
+def digest(tree: object) -> str:
+    """sha256 over every setting, as hexadecimal text."""
+    return hashlib.sha256(repr(sorted(flat_values(tree).items())).encode()).hexdigest()
 
 
 def flat_values(tree: object) -> dict[str, Any]:

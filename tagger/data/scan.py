@@ -16,13 +16,14 @@ from pathlib import Path
 from PIL import features
 
 from tagger.data.sidecar import MAX_SIDECAR_BYTES, ParsedSidecar, SidecarError, parse_sidecar
+from tagger.errors import InputError
 
 # Failures of storage, not of a file: worth another attempt, and never a reason to leave an image out.
 _TRANSIENT_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "ENOMEM", "EMFILE", "ENFILE")
 TRANSIENT_ERRORS = frozenset(getattr(errno, name) for name in _TRANSIENT_NAMES if hasattr(errno, name))
 
 
-class DatasetError(ValueError):
+class DatasetError(InputError):
     """Images or tags that their owner can mend; the message is one line that says what was found and where."""
 
 

@@ -1,0 +1,497 @@
+"""From folders of images and sidecars to batches: which row, which pixels, which tags, and where to go on.
+
+The order of an epoch, the mirroring and the stand-ins for broken images are functions of (seed, epoch), so the same
+(seed, epoch) gives the same bytes with any number of threads, before and after a resume. Refuses to serve a held-out
+row to training, and positions that belong to another seed or another set of rows. A broken image is left out, named
+and counted; it never becomes zeros or the image beside it.
+"""
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from Configuration_System import DataSection, FullConfig, OrientationSection
+from orientation_handler import MirrorCoin, OrientationHandler
+from tagger.batch import Batch
+from tagger.data.decode import RefusedImage, decode_image
+from tagger.data.index import MetadataIndex, open_index
+from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads
+from tagger.data.quarantine import FailureBudget, Refusal, read_image_file, retry_transient
+from tagger.data.ragged import gather, pack
+from tagger.data.sampler import RowSampler, hash_rows
+from tagger.data.split import split_rows
+from tagger.errors import InputError
+from tagger.preprocess import Preprocess
+from vocabulary import DEFAULT_INDEX_DIR, RATING_TAGS, TagVocabulary
+
+logger = logging.getLogger(__name__)
+
+Rows = NDArray[np.int64]
+Position = dict[str, int]
+
+# A stand-in that is in the batch already is passed over, unless the set is too small to have another.
+_DISTINCT_ATTEMPTS = 16
+
+
+class PositionError(InputError):
+    """A position that this loader cannot resume from; the message names what differs."""
+
+
+class _IndexedImages:
+    """The rows of a metadata index with their tags as indices of one vocabulary. Safe to read from any thread."""
+
+    def __init__(self, index: MetadataIndex, vocabulary: TagVocabulary) -> None:
+        self.index = index
+        self.vocabulary = vocabulary
+        numbers = [vocabulary.get(tag) for tag in index.tag_names]
+        self._index_of = np.array([-1 if number is None else number for number in numbers], dtype=np.int64)
+        ratings = [vocabulary.get(tag) for tag in RATING_TAGS]
+        self._index_of_rating = np.array([-1, *(-1 if number is None else number for number in ratings)])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def own_tags(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The index's own tag numbers of rows, in vocabulary or not: (numbers [T], place of each in `rows` [T])."""
+        return gather(self.index.tag_offsets, self.index.tag_ids, rows)
+
+    def tags(
+        self, rows: Rows, mirrored: NDArray[np.bool_], mirror_of: NDArray[np.int32] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(tag_indices int32 [T], tag_offsets int32 [N + 1]) of rows, ascending and unique within a row.
+
+        mirrored: bool [N]; where true, each tag is replaced through `mirror_of`, int32 [C].
+        """
+        numbers, places = self.own_tags(rows)
+        tags = np.concatenate([self._index_of[numbers], self._index_of_rating[self.index.ratings[rows]]])
+        places = np.concatenate([places, np.arange(len(rows))])
+        known = tags >= 0
+        tags, places = tags[known], places[known]
+        if mirror_of is not None:
+            tags = np.where(mirrored[places], mirror_of[tags], tags)
+        return pack(tags, places, len(rows), len(self.vocabulary))
+
+
+class SidecarJsonDataset(_IndexedImages):
+    """Images in folders, searched recursively, each with a sidecar of the same stem beside it."""
+
+    def __init__(
+        self,
+        roots: Sequence[str | Path],
+        vocabulary: TagVocabulary,
+        *,
+        extra_fields: Sequence[str] = (),
+        index_dir: str | Path = DEFAULT_INDEX_DIR,
+        index: MetadataIndex | None = None,
+    ) -> None:
+        """`index`, an open index of these roots, saves looking at every file again."""
+        super().__init__(index or open_index(roots, Path(index_dir), extra_fields=extra_fields), vocabulary)
+
+
+class DatasetLoader(_IndexedImages):
+    """Images in one folder whose tags are in one annotation file (JSON or JSON Lines)."""
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        image_root: str | Path,
+        vocabulary: TagVocabulary,
+        *,
+        extra_fields: Sequence[str] = (),
+        index_dir: str | Path = DEFAULT_INDEX_DIR,
+        index: MetadataIndex | None = None,
+    ) -> None:
+        """`index`, an open index of this file and folder, saves reading them again."""
+        found = index or open_index(
+            [image_root], Path(index_dir), extra_fields=extra_fields, annotations=Path(annotations)
+        )
+        super().__init__(found, vocabulary)
+
+
+@dataclass(frozen=True)
+class Mirroring:
+    """Which images are mirrored and what their tags become.
+
+    mirror_of: int32 [C] over the vocabulary. forbids: bool over the index's own tags, so that a rare `text` that the
+    vocabulary dropped still forbids.
+    """
+
+    coin: MirrorCoin
+    mirror_of: NDArray[np.int32]
+    forbids: NDArray[np.bool_]
+
+    def decide(self, dataset: _IndexedImages, rows: Rows, epoch: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """(mirrored bool [N], vetoed bool [N]): the coin says mirror, and the tags allow it or not."""
+        wanted = self.coin.toss(dataset.index.image_ids[rows], epoch)
+        numbers, places = dataset.own_tags(rows)
+        forbidden = np.bincount(places[self.forbids[numbers]], minlength=len(rows)) > 0
+        return wanted & ~forbidden, wanted & forbidden
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a loader prepares images.
+
+    max_pixels: cap of width x height, checked before decoding. num_threads: decoding threads.
+    prefetch_batches: batches prepared ahead; each takes 3 * image_size ** 2 bytes an image.
+    """
+
+    preprocess: Preprocess
+    max_pixels: int = 200_000_000
+    num_threads: int | None = None
+    prefetch_batches: int = 4
+
+    @classmethod
+    def from_config(cls, section: DataSection) -> "LoadOptions":
+        red, green, blue = section.background
+        return cls(
+            Preprocess(image_size=section.image_size, background=(red, green, blue)),
+            int(section.max_megapixels * 1_000_000),
+            section.num_threads,
+            section.prefetch_batches,
+        )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the batches of one loader have in common. `held_out`, bool over the index, is true for rows never served."""
+
+    dataset: _IndexedImages
+    sampler: RowSampler
+    options: LoadOptions
+    mirroring: Mirroring | None
+    held_out: NDArray[np.bool_]
+    budget: FailureBudget
+
+    @property
+    def refills(self) -> bool:
+        """Training refills a refused image's slot; validation leaves it out, or its scores would be of other images."""
+        return self.sampler.seed is not None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """`batch` is None when every image of it was refused."""
+
+    batch: Batch | None
+    num_vetoed: int
+
+
+class _BatchJob:
+    """One batch in the making: samples `start` to `stop` of an epoch."""
+
+    def __init__(
+        self, source: _Source, pool: BufferPool, stopping: threading.Event, epoch: int, start: int, stop: int
+    ) -> None:
+        self._source = source
+        self._stopping = stopping
+        self._epoch = epoch
+        self._start = start
+        self._rows = source.sampler.rows_at(epoch, start, stop)
+        self._mirrored, self._vetoed = self._decide(self._rows)
+        self._images, self._memory = pool.take()
+        self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
+        self._usable = np.ones(len(self._rows), dtype=np.bool_)
+
+    @property
+    def num_items(self) -> int:
+        return len(self._rows)
+
+    def fill(self, item: int) -> None:
+        self._usable[item] = self._prepare(item)
+
+    def finish(self) -> _Prepared:
+        if self._source.refills:
+            for item in np.flatnonzero(~self._usable):
+                self._refill(int(item))
+        images, kept = self._images[: len(self._rows)], self._usable
+        if not kept.all():
+            if not kept.any():
+                return _Prepared(None, 0)
+            images = torch.from_numpy(self._memory[: len(kept)][kept])
+        rows, mirrored = self._rows[kept], self._mirrored[kept]
+        mirror_of = self._source.mirroring.mirror_of if self._source.mirroring is not None else None
+        tags, offsets = self._source.dataset.tags(rows, mirrored, mirror_of)
+        arrays = (tags, offsets, rows, self._sizes[kept], mirrored)
+        return _Prepared(Batch(images, *map(torch.from_numpy, arrays)), int(self._vetoed.sum()))
+
+    def _refill(self, item: int) -> None:
+        """Put a stand-in in a refused image's slot; slot by slot, so that a batch holds no image twice."""
+        for attempt in itertools.count():
+            row = self._source.sampler.reserve_row(self._epoch, self._start + item, attempt)
+            if attempt < _DISTINCT_ATTEMPTS and row in self._rows:
+                continue
+            one = slice(item, item + 1)
+            self._rows[item] = row
+            self._mirrored[one], self._vetoed[one] = self._decide(self._rows[one])
+            if self._prepare(item):
+                self._usable[item] = True
+                return
+
+    def _decide(self, rows: Rows) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        held_out = rows[self._source.held_out[rows]]
+        if held_out.size:  # not an assert statement, which -O removes
+            raise AssertionError(f"row {held_out[0]} is held out and was about to be served")
+        if self._source.mirroring is None:
+            return np.zeros(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.bool_)
+        return self._source.mirroring.decide(self._source.dataset, rows, self._epoch)
+
+    def _prepare(self, item: int) -> bool:
+        """Pixels of the item's row into its place; False when the file is refused. Waits for storage that fails."""
+        options = self._source.options
+        path = self._source.dataset.index.image_path(int(self._rows[item]))
+
+        def decode() -> None:
+            content = read_image_file(path)
+            pixels = decode_image(content, background=options.preprocess.background, max_pixels=options.max_pixels)
+            mirror = bool(self._mirrored[item])
+            self._sizes[item] = options.preprocess.apply_into(pixels, self._memory[item], mirror=mirror)
+
+        try:
+            retry_transient(decode, path, self._stopping)
+        except RefusedImage as error:
+            self._source.budget.refuse(path, error)
+            return False
+        self._source.budget.accept()
+        return True
+
+
+class ImagePreFetcher:
+    """Iterator over the batches of an epoch that begin at the samples `starts`, decoded and prepared in threads."""
+
+    def __init__(self, source: _Source, epoch: int, starts: range) -> None:
+        options = source.options
+        side, num_rows = options.preprocess.image_size, len(source.sampler)
+        # Those in flight, and two in the hands of the consumer.
+        pool = BufferPool((min(starts.step, num_rows), 3, side, side), options.prefetch_batches + 2)
+        stopping = threading.Event()
+        stops = (min(start + starts.step, num_rows) for start in starts)
+        self._inner = OrderedPrefetcher(
+            (_BatchJob(source, pool, stopping, epoch, *span) for span in zip(starts, stops, strict=True)),
+            num_threads=options.num_threads or default_num_threads(),
+            max_in_flight=options.prefetch_batches,
+            stopping=stopping,
+        )
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that the consumer was blocked for want of a batch."""
+        return self._inner.wait_seconds
+
+    def __iter__(self) -> "ImagePreFetcher":
+        return self
+
+    def __next__(self) -> _Prepared:
+        """The next batch. Raises DataFailureError past the failure budget, StorageError after an outage."""
+        return next(self._inner)
+
+    def close(self) -> None:
+        """Stop the threads and wait for them."""
+        self._inner.close()
+
+
+class DataLoader:
+    """Batches of some rows of a data set, in an order that is a function of (seed, epoch).
+
+    Training (`seed` given): shuffled, mirrored, refused images replaced from the reserve stream. An epoch leaves out
+    its last incomplete batch; where there are fewer rows than `batch_size`, it is one batch of all of them.
+    Validation (`seed` None): every row once, in the order of the index, the last batch smaller, refused images left
+    out.
+
+    Iterating yields (batch, position) for the current epoch, from where `seek` went or from its start; iterating again
+    gives the same epoch again. `position` resumes after its batch. It counts samples, not batches, so a resume may
+    change the batch size. `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out.
+    """
+
+    def __init__(
+        self,
+        dataset: _IndexedImages,
+        rows: NDArray[np.integer],
+        batch_size: int,
+        options: LoadOptions,
+        *,
+        held_out: NDArray[np.bool_] | None = None,
+        seed: int | None = None,
+        mirroring: Mirroring | None = None,
+        budget: FailureBudget | None = None,
+    ) -> None:
+        """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served."""
+        if not len(rows) or batch_size < 1:
+            raise ValueError(f"{len(rows)} rows in batches of {batch_size}: each must be at least 1")
+        never = np.zeros(len(dataset), dtype=np.bool_) if held_out is None else held_out
+        if never[rows].any():
+            raise ValueError(f"{int(never[rows].sum())} of the {len(rows)} rows to serve are held out")
+        self._budget = budget or FailureBudget(len(rows))
+        self._source = _Source(dataset, RowSampler(rows, seed), options, mirroring, never, self._budget)
+        self._batch_size = batch_size
+        self._identity = {
+            "seed": -1 if seed is None else seed,
+            "rows": len(rows),
+            "rows_hash": hash_rows(dataset.index.image_ids, rows),
+        }
+        self._epoch = 0
+        self._start = 0
+        self.wait_seconds = 0.0
+        self.mirrored = 0
+        self.vetoed = 0
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images become batches: what a model trained on them needs to be saved with."""
+        return self._source.options.preprocess
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that an epoch draws from."""
+        return len(self._source.sampler)
+
+    @property
+    def refused(self) -> int:
+        """Files left out so far, each counted once."""
+        return len(self._budget.refusals)
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Files left out so far, and why."""
+        return self._budget.refusals
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self._starts(0))
+
+    @property
+    def batches_remaining(self) -> int:
+        """Batches that iterating gives now; in validation one of refused images alone is not given."""
+        return len(self._starts(self._start))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch. In the current one it changes nothing, so a `seek` before it stands."""
+        if epoch != self._epoch:
+            self._epoch, self._start = epoch, 0
+
+    def seek(self, position: Mapping[str, int]) -> None:
+        """Go to where a position was given out; iterate next, or take `batches_remaining` 0 as the epoch's end.
+
+        Raises PositionError when the position belongs to another seed or other rows.
+        """
+        wanted = self._position(0).keys()
+        if position.keys() != wanted or not all(type(value) is int for value in position.values()):
+            raise PositionError(f"{dict(position)} is not a position of this loader; expected {', '.join(wanted)}")
+        names = {"seed": "training.seed", "rows": "number of images", "rows_hash": "images or split (hash)"}
+        found = [
+            f"{names[key]} {position[key]} there, {value} here"
+            for key, value in self._identity.items()
+            if position[key] != value
+        ]
+        if found:
+            raise PositionError(
+                f"the position to resume from belongs to another order of images: {'; '.join(found)}; "
+                "bring back the data set and the seed, or start a new run"
+            )
+        if position["epoch"] < 0 or not 0 <= position["samples"] <= self.num_rows:
+            raise PositionError(
+                f"position epoch={position['epoch']}, samples={position['samples']} is outside 0..{self.num_rows}"
+            )
+        self._epoch, self._start = position["epoch"], position["samples"]
+
+    def __iter__(self) -> Iterator[tuple[Batch, Position]]:
+        epoch, starts = self._epoch, self._starts(self._start)
+        self._start = 0
+        return self._batches(epoch, starts)
+
+    def _batches(self, epoch: int, starts: range) -> Iterator[tuple[Batch, Position]]:
+        if not starts:
+            return
+        prefetcher = ImagePreFetcher(self._source, epoch, starts)
+        try:
+            for start in starts:
+                waited = prefetcher.wait_seconds
+                prepared = next(prefetcher)
+                self.wait_seconds += prefetcher.wait_seconds - waited
+                self.vetoed += prepared.num_vetoed
+                if prepared.batch is not None:
+                    self.mirrored += int(prepared.batch.mirrored.sum())
+                    yield prepared.batch, self._position(min(start + starts.step, self.num_rows), epoch)
+        finally:
+            prefetcher.close()
+
+    def _position(self, samples: int, epoch: int = 0) -> Position:
+        return {"epoch": epoch, "samples": samples, **self._identity}
+
+    def _starts(self, start: int) -> range:
+        """The samples at which the batches from a sample on begin."""
+        size, rows = self._batch_size, self.num_rows
+        if self._source.sampler.seed is None or (start == 0 and rows < size):
+            return range(start, rows, size)
+        return range(start, start + (rows - start) // size * size, size)
+
+
+def open_dataset(section: DataSection) -> MetadataIndex:
+    """The index of the configured data set, for the vocabulary and for `create_dataloaders`; logs what is in it."""
+    index = open_index(
+        section.roots,
+        Path(section.index_dir),
+        extra_fields=section.extra_fields,
+        annotations=Path(section.annotations) if section.annotations is not None else None,
+    )
+    for line in index.report():
+        logger.info("%s", line)
+    return index
+
+
+def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed: int) -> Mirroring | None:
+    """The configured mirroring over a data set; None where no image can ever be mirrored."""
+    coin = MirrorCoin.from_files(section.mirror_probability, seed, section.never_flip_file, section.force_flip_file)
+    if not coin.probability and not coin.force:
+        return None
+    if unknown := coin.unknown_stems(dataset.index.image_ids):
+        message = "%d names in the never-flip and force-flip lists name no image, e.g. %s; a name has no suffix"
+        logger.warning(message, len(unknown), ", ".join(unknown[:3]))
+    handler = OrientationHandler(section.map_path, section.mode)
+    table = handler.compile(dataset.vocabulary)
+    logger.info("%s", table.summary())
+    return Mirroring(coin, table.mirror_of, handler.vetoes(dataset.index.tag_names, dataset.vocabulary) != 0)
+
+
+def create_dataloaders(
+    config: FullConfig, vocabulary: TagVocabulary, index: MetadataIndex | None = None
+) -> tuple[DataLoader, DataLoader]:
+    """(training, validation) loaders of the configured data set; `index`, from `open_dataset`, saves a second scan.
+
+    Raises InputError for a data set or a split that cannot be used.
+    """
+    data = config.data
+    index = index or open_dataset(data)
+    dataset = (
+        SidecarJsonDataset(data.roots, vocabulary, index=index)
+        if data.annotations is None
+        else DatasetLoader(data.annotations, data.roots[0], vocabulary, index=index)
+    )
+    val_list = Path(data.val_list) if data.val_list is not None else None
+    split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
+    options = LoadOptions.from_config(data)
+    train = DataLoader(
+        dataset,
+        split.training_rows,
+        config.training.batch_size,
+        options,
+        held_out=split.validation,
+        seed=config.training.seed,
+        mirroring=create_mirroring(config.orientation, dataset, config.training.seed),
+    )
+    validation = DataLoader(
+        dataset,
+        split.validation_rows,
+        config.validation.batch_size or config.training.batch_size,
+        options,
+        held_out=~split.validation,
+    )
+    logger.info("%d images for training, %d for validation", train.num_rows, validation.num_rows)
+    return train, validation

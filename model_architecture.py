@@ -1,0 +1,495 @@
+"""The network: a Vision Transformer that turns uint8 images into one logit per tag.
+
+`VisionTransformerConfig` is the set of dimensions resolved from the `model` section of the configuration and saved with
+the model. Refuses images that are not uint8 (normalisation happens inside) and sizes that the patches do not divide.
+
+State-dict names (stable; `N` is the block):
+    stem.proj.{weight,bias}   patches -> tokens; weight [D, 3 * P * P] in (channel, row, column) order
+    stem.convs.I.weight, stem.norms.I.{weight,bias}, stem.proj.{weight,bias}   the convolutional stem
+    pos_embed [1, rows * columns, D], cls_token [1, 1, D] (class-token pooling only)
+    blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
+    blocks.N.{attn.q_norm,attn.k_norm}.{weight,bias} (qk_norm), blocks.N.{ls1,ls2}.gamma (layer_scale_init)
+    norm.{weight,bias}, head.weight [C, D], head.bias [C]
+"""
+
+import dataclasses
+import difflib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from Configuration_System import ModelSection
+from tagger.config_io import ConfigError
+from tagger.registry import Registry
+from tagger.tokens import NORM_EPS, ConvStem, PatchStem, PositionResizer, content_mask, resize_position_embedding
+
+_LOGGER = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Rgb = tuple[float, float, float]
+DEFAULT_MEAN: Rgb = (0.5, 0.5, 0.5)
+DEFAULT_STD: Rgb = (0.5, 0.5, 0.5)
+# A tag on no image, or on all, must not start at an infinite logit.
+_PRIOR_RANGE = (1e-6, 0.99)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Width, depth and heads of a published model (ViT: Dosovitskiy et al. 2021; tiny and small: DeiT)."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    mlp_ratio: float = 4.0
+
+
+PRESET_DIMENSIONS: dict[str, Preset] = {
+    "vit_tiny": Preset(192, 12, 3),
+    "vit_small": Preset(384, 12, 6),
+    "vit_base": Preset(768, 12, 12),
+    "vit_large": Preset(1024, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class VisionTransformerConfig:
+    """Every dimension of a `SimplifiedTagger`; `mean` and `std` are per RGB channel, of pixels scaled to 0..1."""
+
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    num_tags: int
+    stem: Literal["patch", "conv"] = "patch"
+    pooling: Literal["mean", "class_token"] = "mean"
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    mask_padding: bool = False
+    mean: Rgb = DEFAULT_MEAN
+    std: Rgb = DEFAULT_STD
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_tags"):
+            value: object = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{_setting(name)}={value!r} is not a whole number above 0; use 1 or more")
+        _check_choice("stem", self.stem, ("patch", "conv"))
+        _check_choice("pooling", self.pooling, ("mean", "class_token"))
+        for name in ("qk_norm", "mask_padding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not true or false; use one of the two")
+        for name in ("drop_path", "dropout"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not in 0 <= x < 1; 0 turns it off")
+        if not (_is_number(self.mlp_ratio) and int(self.embed_dim * self.mlp_ratio) >= 1):
+            raise ConfigError(f"model.mlp_ratio={self.mlp_ratio!r} leaves the MLP no hidden unit; 4.0 is usual")
+        if not (self.layer_scale_init is None or (_is_number(self.layer_scale_init) and self.layer_scale_init > 0)):
+            raise ConfigError(
+                f"model.layer_scale_init={self.layer_scale_init!r} is not above 0; null turns it off, 1e-5 is usual"
+            )
+        _check_multiple("data.image_size", self.image_size, "model.patch_size", self.patch_size)
+        _check_multiple("model.embed_dim", self.embed_dim, "model.num_heads", self.num_heads)
+        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ConfigError(
+                f"model.patch_size={self.patch_size} is not a power of two, which model.stem=conv (it halves the image "
+                "step by step) needs; use 8 or 16"
+            )
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _check_rgb(name, getattr(self, name)))
+        if min(self.std) <= 0:
+            raise ConfigError(f"std={list(self.std)} holds a number that is not above 0; 0.5 for each channel is usual")
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along a side at `image_size`."""
+        return self.image_size // self.patch_size
+
+    def to_dict(self) -> dict[str, object]:
+        """The config as what JSON can hold; `from_dict` gives an equal one back."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "VisionTransformerConfig":
+        """The config that `to_dict` wrote; ConfigError for a key that is unknown (with the nearest) or missing."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                close = difflib.get_close_matches(key, fields, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else "the model was written by another version"
+                raise ConfigError(f"model config: unknown key '{key}'; {hint}")
+        missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
+        if missing:
+            raise ConfigError(f"model config: {', '.join(missing)} missing; take the file that training wrote")
+        # __post_init__ checks every value, so what the file holds need not be trusted here.
+        return cls(**cast(Any, values))
+
+
+def _setting(name: str) -> str:
+    return {"image_size": "data.image_size", "num_tags": "num_tags"}.get(name, f"model.{name}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"model.{name}={value!r} is not known; use {' or '.join(choices)}")
+
+
+def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        below = value // divisor * divisor
+        options = f"{below} or {below + divisor}" if below else str(divisor)
+        raise ConfigError(f"{name}={value} is not a multiple of {divisor_name}={divisor}; use {options}")
+
+
+def _check_rgb(name: str, value: Sequence[float]) -> Rgb:
+    if not isinstance(value, Sequence) or len(value) != 3 or not all(_is_number(number) for number in value):
+        raise ConfigError(f"{name}={value!r} is not three numbers; 0.5 for each channel is usual")
+    return (float(value[0]), float(value[1]), float(value[2]))
+
+
+def _own_or(own: T | None, preset: T) -> T:
+    return preset if own is None else own
+
+
+def resolve_model_config(
+    section: ModelSection,
+    *,
+    num_tags: int,
+    image_size: int,
+    mean: Rgb = DEFAULT_MEAN,
+    std: Rgb = DEFAULT_STD,
+) -> VisionTransformerConfig:
+    """The dimensions that a `model` section means: its preset, with what the section sets itself on top."""
+    preset = PRESET_DIMENSIONS[section.preset]
+    return VisionTransformerConfig(
+        image_size=image_size,
+        patch_size=_own_or(section.patch_size, preset.patch_size),
+        embed_dim=_own_or(section.embed_dim, preset.embed_dim),
+        depth=_own_or(section.depth, preset.depth),
+        num_heads=_own_or(section.num_heads, preset.num_heads),
+        mlp_ratio=_own_or(section.mlp_ratio, preset.mlp_ratio),
+        num_tags=num_tags,
+        stem=section.stem,
+        pooling=section.pooling,
+        qk_norm=section.qk_norm,
+        layer_scale_init=section.layer_scale_init,
+        drop_path=section.drop_path,
+        dropout=section.dropout,
+        mask_padding=section.mask_padding,
+        mean=mean,
+        std=std,
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `qk_norm` normalises queries and keys per head (ViT-22B), which bounds the logits."""
+
+    def __init__(self, embed_dim: int, num_heads: int, *, qk_norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = embed_dim // num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.q_norm = nn.LayerNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
+        batch, length, width = tokens.shape
+        qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # The norms give float32 under autocast; attention wants one dtype.
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+        out: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear maps with GELU between them."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, *, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.drop1 = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.drop2 = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.drop1(F.gelu(self.fc1(tokens)))
+        out: Tensor = self.drop2(self.fc2(hidden))
+        return out
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel of a residual branch (CaiT, Touvron et al. 2021)."""
+
+    def __init__(self, embed_dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((embed_dim,), init))
+
+    def forward(self, branch: Tensor) -> Tensor:
+        scaled: Tensor = branch * self.gamma
+        return scaled
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops the branch for whole samples and scales it up for the rest (same mean)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = 1.0 - self.rate
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+        return branch * (kept.to(branch.dtype) / keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class TransformerBlock(nn.Module):
+    """One pre-norm block: attention, then MLP, each on a residual branch.
+
+    Compiles on its own (`block.compile(fullgraph=True)`), which leaves state-dict names as they are.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        qk_norm: bool = False,
+        layer_scale_init: float | None = None,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.attn = Attention(embed_dim, num_heads, qk_norm=qk_norm, dropout=dropout)
+        self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout=dropout)
+        self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; `key_mask` bool [B, 1, 1, N], True where a token may be attended to."""
+        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens), key_mask)))
+        out: Tensor = tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
+        return out
+
+
+class SimplifiedTagger(nn.Module):
+    """Vision Transformer: uint8 images [B, 3, H, W] -> logits [B, C].
+
+    H and W may be any multiples of `config.patch_size`; position embeddings are interpolated to grids other than the
+    one of `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
+    """
+
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        # (x / 255 - mean) / std as one multiply-add; no state, since the config holds mean and std.
+        std = torch.tensor(config.std).reshape(3, 1, 1)
+        self.register_buffer("pixel_scale", 1.0 / (255.0 * std), persistent=False)
+        self.register_buffer("pixel_shift", -torch.tensor(config.mean).reshape(3, 1, 1) / std, persistent=False)
+
+        stem = ConvStem if config.stem == "conv" else PatchStem
+        self.stem = stem(config.patch_size, config.embed_dim)
+        self.pos_embed = nn.Parameter(torch.empty(1, config.grid_size**2, config.embed_dim))
+        with_class_token = config.pooling == "class_token"
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim)) if with_class_token else None
+        self.pos_drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                config.embed_dim,
+                config.num_heads,
+                config.mlp_ratio,
+                qk_norm=config.qk_norm,
+                layer_scale_init=config.layer_scale_init,
+                drop_path=config.drop_path * index / max(1, config.depth - 1),
+                dropout=config.dropout,
+            )
+            for index in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
+        self.head = nn.Linear(config.embed_dim, config.num_tags)
+        self._resize_positions = PositionResizer((config.grid_size, config.grid_size))
+        self._init_weights()
+        self.register_load_state_dict_pre_hook(_fit_position_embedding)  # type: ignore[no-untyped-call]
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    @torch.no_grad()
+    def set_head_bias(self, tag_priors: Tensor) -> None:
+        """Start every tag at its prior: bias = logit(share of images that carry it), so that training need not find it.
+
+        `tag_priors` [C], 0..1, clipped to 1e-6..0.99.
+        """
+        if tag_priors.shape != self.head.bias.shape:
+            expected = list(self.head.bias.shape)
+            raise ValueError(
+                f"tag_priors has shape {list(tag_priors.shape)}; expected {expected}, one share for each tag"
+            )
+        if not bool(((tag_priors >= 0) & (tag_priors <= 1)).all()):
+            raise ValueError("tag_priors holds a value outside 0..1; pass count / number of images for each tag")
+        logits = torch.logit(tag_priors.cpu().to(torch.float64).clamp(*_PRIOR_RANGE))
+        self.head.bias.copy_(logits.to(self.head.bias.dtype))
+
+    def forward(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
+        """Logits [B, C] of uint8 images [B, 3, H, W], 0..255 RGB.
+
+        `valid_sizes` [B, 2], the (h, w) in pixels of the content centred in each image, is used when
+        `config.mask_padding` is on: what lies outside then has no influence.
+        """
+        logits: Tensor = self.head(self.forward_features(images, valid_sizes))
+        return logits
+
+    def forward_features(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
+        """Pooled features [B, D] of uint8 images; `head` turns them into logits. Arguments as for `forward`."""
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"images are {str(images.dtype).removeprefix('torch.')}; expected uint8, 0..255 (the model normalises "
+                "them itself)"
+            )
+        return self.encode(self.normalise(images), valid_sizes)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pixels 0..255 of any dtype -> what the stem takes. For exports whose input is float; else use `forward`."""
+        patch_size = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch_size or images.shape[3] % patch_size:
+            raise ValueError(
+                f"images have shape {list(images.shape)}; expected [B, 3, H, W] with H and W multiples of "
+                f"model.patch_size={patch_size}"
+            )
+        return images.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
+
+    def encode(self, pixels: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
+        """Pooled features [B, D] of pixels [B, 3, H, W] from `normalise`."""
+        patch_size = self.config.patch_size
+        height, width = pixels.shape[2], pixels.shape[3]
+        token_mask = None
+        if self.config.mask_padding and valid_sizes is not None:
+            # Zero is the mean colour. Without this the edge tokens, half content and half padding, would see it.
+            pixels = pixels * content_mask(valid_sizes, height, width)[:, None].to(pixels.dtype)
+            token_mask = content_mask(valid_sizes, height, width, patch_size).flatten(1)
+
+        tokens = self.stem(pixels)
+        tokens = tokens + self._resize_positions(self.pos_embed, (height // patch_size, width // patch_size))
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        tokens = self.pos_drop(tokens)
+        key_mask = None
+        if token_mask is not None:
+            attended = F.pad(token_mask, (1, 0), value=True) if self.cls_token is not None else token_mask
+            key_mask = attended[:, None, None, :]
+        for block in self.blocks:
+            tokens = block(tokens, key_mask)
+        return self._pool(self.norm(tokens), token_mask)
+
+    def _pool(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        if self.cls_token is not None:
+            return tokens[:, 0]
+        if token_mask is None:
+            return tokens.mean(dim=1)
+        weights = token_mask.to(tokens.dtype)[:, :, None]
+        return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def num_parameters(self) -> int:
+        """How many numbers training moves."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def _fit_position_embedding(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Load hook: position embeddings of another image size are resized to this model's."""
+    assert isinstance(module, SimplifiedTagger)
+    saved = state_dict.get(f"{prefix}pos_embed")
+    if saved is None or saved.shape == module.pos_embed.shape or saved.shape[-1] != module.pos_embed.shape[-1]:
+        return  # nothing to do, or a mismatch for load_state_dict to report
+    side, own = math.isqrt(saved.shape[1]), module.config.grid_size
+    if side * side != saved.shape[1]:
+        return
+    _LOGGER.info("position embeddings resized from %dx%d to %dx%d tokens", side, side, own, own)
+    state_dict[f"{prefix}pos_embed"] = resize_position_embedding(saved, (side, side), (own, own))
+
+
+class ModelBuilder(Protocol):
+    """What is registered under a model name: makes the network from its section and what the data decides."""
+
+    def __call__(
+        self, section: ModelSection, *, num_tags: int, image_size: int, mean: Rgb, std: Rgb
+    ) -> SimplifiedTagger: ...
+
+
+MODELS: Registry[ModelBuilder] = Registry("model")
+
+
+@MODELS.register("vit")
+def _build_vit(section: ModelSection, *, num_tags: int, image_size: int, mean: Rgb, std: Rgb) -> SimplifiedTagger:
+    config = resolve_model_config(section, num_tags=num_tags, image_size=image_size, mean=mean, std=std)
+    return SimplifiedTagger(config)
+
+
+def create_model(
+    section: ModelSection | VisionTransformerConfig,
+    num_tags: int | None = None,
+    image_size: int | None = None,
+    *,
+    mean: Rgb = DEFAULT_MEAN,
+    std: Rgb = DEFAULT_STD,
+    tag_priors: Tensor | None = None,
+) -> SimplifiedTagger:
+    """A new model from a `model` section (with `num_tags` and `image_size`), or from a saved config alone.
+
+    `mean` and `std` are per channel, of pixels scaled to 0..1. `tag_priors` [C], the share of images that carry a tag,
+    sets the head's bias (see `set_head_bias`) unless the section says `head_bias: zero`.
+    """
+    if isinstance(section, VisionTransformerConfig):
+        if num_tags is not None or image_size is not None:
+            raise ValueError(
+                "num_tags and image_size were passed beside a VisionTransformerConfig, which holds them; leave them out"
+            )
+        model = SimplifiedTagger(section)
+    else:
+        if num_tags is None or image_size is None:
+            raise ValueError("a model section alone does not fix the network; pass num_tags and image_size too")
+        builder = MODELS.get(section.name)
+        model = builder(section, num_tags=num_tags, image_size=image_size, mean=mean, std=std)
+        if section.head_bias == "zero":
+            return model
+    if tag_priors is not None:
+        model.set_head_bias(tag_priors)
+    return model

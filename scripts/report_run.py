@@ -1,0 +1,146 @@
+"""What a run came to: its scores, a few held-out images tagged by its model, where the model lies, what to do next.
+
+Reads the run folder and the data set that it names, writes nothing there. Refuses a folder that is not a run, and a run
+whose training has not left a model.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from Configuration_System import FullConfig, load_config
+from dataset_loader import open_dataset
+from model_architecture import VisionTransformerConfig, create_model
+from orientation_handler import OrientationHandler
+from tagger.artifact import load_artifact
+from tagger.data.split import split_rows
+from tagger.errors import InputError
+from tagger.files import read_json
+from tagger.predict import Prediction, Tagger
+from tagger.record import Record
+from tagger.run_folder import RunResults, model_dir, results_path
+from training_utils import resolve_device
+
+EVALUATION_FORMAT_VERSION = 1
+
+
+def pick_held_out(config: FullConfig, count: int) -> list[Record]:
+    """`count` held-out images (fewer where there are fewer), spread evenly over the validation rows."""
+    index = open_dataset(config.data)
+    val_list = Path(config.data.val_list) if config.data.val_list is not None else None
+    split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=config.data.val_fraction)
+    rows = split.validation_rows
+    count = min(count, len(rows))
+    return [index.record(int(rows[(2 * i + 1) * len(rows) // (2 * count)])) for i in range(count)]
+
+
+def tagged_table(run: Path, config: FullConfig, records: Sequence[Record]) -> Table:
+    """The model's tags for each image beside the image's own; a tag that the image does not have is marked."""
+    artifact = load_artifact(model_dir(run))
+    model = create_model(VisionTransformerConfig.from_dict(artifact.model_config))
+    tagger = Tagger(model, artifact, resolve_device(config.training.device))
+    title = f"held-out images, tags scored at least {artifact.threshold:g}"
+    table = Table("image", "tags given", "tags it has", title=title, show_lines=True)
+    known = {tag.name for tag in artifact.tags}
+    for record, outcome in zip(records, tagger.predict([Path(r.image_path) for r in records]), strict=True):
+        image = Text(shown_path(Path(record.image_path)), overflow="fold")
+        own = ", ".join(tag if tag in known else f"({tag})" for tag in sorted(record.tags))
+        if not isinstance(outcome, Prediction):
+            table.add_row(image, Text(f"not readable: {outcome.reason}", style="red"), Text(own))
+            continue
+        given = Text()
+        for tag in outcome.tags:
+            right = tag.name in record.tags or tag.name == f"rating:{record.rating}"
+            given.append(", " if given else "")
+            given.append(f"{tag.name} {tag.score:.2f}", style="" if right else "red")
+        table.add_row(image, given, Text(own))
+    return table
+
+
+def summary_table(run: Path, config: FullConfig) -> Table:
+    """Scores, cost, where the model lies, and the two commands that come next."""
+    results = RunResults.read(results_path(run))
+    table = Table(title=f"run {run.name}: {results.status}", show_header=False)
+    for name, value in results.final.items():
+        table.add_row(name, "not a number" if value is None else f"{value:.4f}")
+    if results.best is not None:
+        table.add_row("best", f"{results.best.metric} {results.best.value:.4f} at step {results.best.step}")
+    if (left_right := left_right_score(run, config)) is not None:
+        table.add_row("left/right tags", left_right)
+    speed = "" if results.images_per_second is None else f", {results.images_per_second:.0f} images/s"
+    table.add_row("training", f"{results.steps} steps in {results.seconds / 60:.1f} minutes{speed}")
+    table.add_row("model", Text(str(model_dir(run)), overflow="fold"))
+    place, runs = shlex.quote(str(model_dir(run))), shlex.quote(str(run.parent))
+    table.add_row("tag images", Text(f"python -m scripts.predict {place} IMAGE_OR_FOLDER", overflow="fold"))
+    table.add_row("curves", Text(f"{tensorboard_command()} {runs}", overflow="fold"))
+    return table
+
+
+def left_right_score(run: Path, config: FullConfig) -> str | None:
+    """Average precision of the tags that swap in a mirror; None without such tags or without `evaluation.json`."""
+    path = run / "evaluation.json"
+    if not path.is_file():
+        return None
+    handler = OrientationHandler(config.orientation.map_path, config.orientation.mode)
+    scored = [
+        (tag["average_precision"], tag["name"])
+        for tag in read_json(path, "evaluation", EVALUATION_FORMAT_VERSION)["tags"]
+        if tag["average_precision"] is not None and handler.mirror_tag(tag["name"]) != tag["name"]
+    ]
+    if not scored:
+        return None
+    lowest, name = min(scored)
+    mean = sum(precision for precision, _ in scored) / len(scored)
+    return f"AP {mean:.4f} over {len(scored)} tags, lowest {lowest:.4f} ({name})"
+
+
+def tensorboard_command() -> str:
+    """How this system starts TensorBoard."""
+    if sys.platform == "win32":
+        return r"powershell -ExecutionPolicy Bypass -File scripts\Start_TensorBoard.ps1"
+    return "bash scripts/start_tensorboard.sh"
+
+
+def shown_path(path: Path) -> str:
+    """The path from the working directory where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.report_run",
+        description="Tag a few held-out images with a run's model and sum the run up.",
+        epilog="example: python -m scripts.report_run runs/demo --predict 3",
+    )
+    parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
+    parser.add_argument("--predict", type=int, default=3, metavar="N", help="held-out images to tag (default: 3)")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    run: Path = options.run
+    console = Console()
+    try:
+        if not (run / "config.yaml").is_file():
+            raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
+        config = load_config(run / "config.yaml", environment={})
+        if options.predict > 0:
+            console.print(tagged_table(run, config, pick_held_out(config, options.predict)))
+        console.print(summary_table(run, config))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

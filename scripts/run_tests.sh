@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Make .venv with what development needs and run the tests.
+#   bash scripts/run_tests.sh                 all but the slow tier, on every core
+#   bash scripts/run_tests.sh PYTEST_ARGS...  whatever they say, e.g. -m slow or tests/unit/test_demo_dataset.py
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+bash "$root/scripts/setup_env.sh" --dev
+cd "$root"
+if [ "$#" -eq 0 ]; then
+    set -- -q -n auto -m "not slow"
+fi
+exec .venv/bin/python -m pytest "$@"

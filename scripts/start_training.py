@@ -1,0 +1,117 @@
+"""One training run from start to end: demo data where it is wanted, training, evaluation, three tagged images, a table.
+
+The mechanism behind start_training.sh and Start_AI_Training.ps1, which make the environment first. Stops at the first
+step that fails and exits with that step's code; asks nothing.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from Configuration_System import FullConfig, load_config
+from scripts.make_demo_dataset import DEFAULT_OUTPUT, make_demo_dataset
+from tagger.errors import InputError
+
+DEMO_CONFIG = "configs/demo.yaml"
+RESUME_WORDS = ("latest", "best", "none")
+CALLED_FROM = "TAGSMITH_CALLED_FROM"  # the launchers change to the project's folder and leave word of where they were
+
+
+class Step:
+    """A child process whose exit code is this program's, signals included."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pending: int | None = None
+
+    def run(self) -> int:
+        """Run to the end; 128 + N where signal N ended it. A signal that arrives meanwhile is the child's to answer."""
+        previous = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._child = subprocess.Popen(self._command)
+            if self._pending is not None:
+                self._child.send_signal(self._pending)
+            code = self._child.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return 128 - code if code < 0 else code
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        # A terminal sends Ctrl-C to every process at once; passing it on too would look like a second, impatient one.
+        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
+            return
+        if self._child is None:
+            self._pending = number
+        else:
+            self._child.send_signal(number)
+
+
+def wants_demo_data(config: FullConfig) -> bool:
+    """Whether the configuration reads the demo data set's usual folder."""
+    return any(Path(root).resolve() == DEFAULT_OUTPUT.resolve() for root in config.data.roots)
+
+
+def from_callers_folder(path: str) -> str:
+    """A path as the caller meant it: relative to the caller's folder where it exists there, else to the project's."""
+    seen_from_there = Path(os.environ.get(CALLED_FROM) or ".") / path
+    return str(seen_from_there.resolve()) if seen_from_there.exists() else path
+
+
+def run_all(config_file: str, resume: str | None, overrides: Sequence[str], *, validate_only: bool = False) -> int:
+    """Every step in turn; the exit code of the first that fails, else 0. Raises InputError before the first."""
+    config = load_config(config_file, overrides)
+    if wants_demo_data(config):
+        demo = make_demo_dataset()
+        print(f"demo data set: {demo.num_images} images in {demo.folder}{'' if demo.drawn else ' (found)'}", flush=True)
+    run = str(config.run.folder)
+    words = [] if resume is None else ["--resume", resume]
+    words += ["--validate-only"] if validate_only else []
+    train = ["train_direct.py", "--config", config_file, *words, *overrides]
+    afterwards = (["validation_loop.py", "--run", run], ["-m", "scripts.report_run", run])
+    for command in (train, *(() if validate_only else afterwards)):
+        code = Step([sys.executable, *command]).run()
+        if code:
+            return code
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 done, else the code of the step that failed; 2 for bad settings."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.start_training",
+        description="Train, evaluate and show a tagger. Paths in settings start at the project's folder.",
+        epilog="example: python -m scripts.start_training training.num_epochs=3 run.name=short",
+    )
+    parser.add_argument("--config", default=DEMO_CONFIG, metavar="FILE", help="a recipe (default: %(default)s)")
+    parser.add_argument("--resume", metavar="latest|best|none|PATH", help="continue the run instead of starting it")
+    parser.add_argument("--validate-only", action="store_true", help="check settings and data, train nothing")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, e.g. training.num_epochs=3"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    resume = options.resume
+    if resume is not None and resume not in RESUME_WORDS:
+        resume = from_callers_folder(resume)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        config_file = from_callers_folder(options.config)
+        return run_all(config_file, resume, options.overrides, validate_only=options.validate_only)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Training state copied to host memory, so that training goes on while it is written; and the state of randomness.
+
+Buffers are pinned where the state lies on CUDA and are used again: the first save pays for their memory, later ones
+only for the copy.
+"""
+
+import random
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tagger.checkpoint.format import CheckpointError, Json, Tensors
+
+_Buffers: TypeAlias = dict[tuple[str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class HostSnapshot:
+    """A copy of training state that nobody changes until it goes back to its pool: tensors by part and name."""
+
+    tensors: Mapping[str, Tensors]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for part in self.tensors.values() for t in part.values())
+
+
+class SnapshotPool:
+    """Makes snapshots and keeps their memory for the next ones. Safe to use from several threads.
+
+    Holds as many sets of buffers as there were snapshots alive at once: one where writing keeps up with saving, one
+    more for each save that waits.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[_Buffers] = []
+        self._lock = threading.Lock()
+
+    def capture(self, parts: Mapping[str, Tensors]) -> HostSnapshot:
+        """Copy device or host tensors; returns when the copy is complete."""
+        with self._lock:
+            free = self._free.pop() if self._free else {}
+        buffers: _Buffers = {}
+        devices: set[torch.device] = set()
+        for part, tensors in parts.items():
+            for name, tensor in tensors.items():
+                buffer = free.pop((part, name), None)
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+                buffers[part, name] = buffer
+                if tensor.is_cuda:
+                    devices.add(tensor.device)
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        return HostSnapshot({part: {name: buffers[part, name] for name in parts[part]} for part in parts})
+
+    def release(self, snapshot: HostSnapshot) -> None:
+        """Take back the memory of a snapshot that nobody reads any more."""
+        buffers = {(part, name): t for part, tensors in snapshot.tensors.items() for name, t in tensors.items()}
+        with self._lock:
+            self._free.append(buffers)
+
+
+def capture_random_state(device: torch.device) -> tuple[Tensors, dict[str, Json]]:
+    """The generators of torch (CPU and `device`), NumPy and Python, as tensors and JSON values."""
+    kind, keys, position, has_gauss, gauss = cast(
+        tuple[str, "np.ndarray[tuple[int], np.dtype[np.uint32]]", int, int, float], np.random.get_state(legacy=True)
+    )
+    assert kind == "MT19937"
+    version, words, next_gauss = random.getstate()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "python": torch.tensor(words, dtype=torch.int64),
+    }
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        tensors["mps"] = torch.mps.get_rng_state()
+    numbers: dict[str, Json] = {
+        "numpy": [int(position), int(has_gauss), float(gauss)],
+        "python": [version, next_gauss],
+    }
+    return tensors, numbers
+
+
+def restore_random_state(tensors: Tensors, numbers: Mapping[str, Json], device: torch.device) -> list[str]:
+    """Put every generator back. Returns the device generators that had no counterpart here or in the checkpoint.
+
+    Raises CheckpointError where a state does not fit its generator: going on with other random numbers would be silent.
+    """
+    here = {device.type} & {"cuda", "mps"}
+    saved = {"cuda", "mps"} & tensors.keys()
+    try:
+        position, has_gauss, gauss = cast(list[float], numbers["numpy"])
+        version, next_gauss = cast(list[float | None], numbers["python"])
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+        random.setstate((version, tuple(tensors["python"].tolist()), next_gauss))
+        torch.set_rng_state(tensors["torch"])
+        for kind in here & saved:
+            if kind == "cuda":
+                torch.cuda.set_rng_state(tensors[kind], device)
+            else:
+                torch.mps.set_rng_state(tensors[kind])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the checkpoint's random state cannot be restored ({error})") from error
+    return sorted(here ^ saved)

@@ -1,0 +1,226 @@
+"""Writing checkpoints: durably in the right order, and on a thread of its own.
+
+A checkpoint is written into a temporary folder (each file and, last, the manifest: written, flushed, fsynced; then the
+folder itself), moved to its name, and the folder around it fsynced. What a crash leaves is either a whole checkpoint or
+a temporary folder, which the next start removes.
+"""
+
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from tagger.checkpoint.format import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    FileEntry,
+    Manifest,
+    Tensors,
+    checkpoint_name,
+    write_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY_PREFIX = ".tmp-"
+T = TypeVar("T")
+
+
+class CheckpointWriteError(RuntimeError):
+    """A save that did not reach the disk; `__cause__` is what happened (an OSError for a full disk)."""
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """All that goes into one checkpoint folder; `state` is the finished `state.json`."""
+
+    step: int
+    sequence: int
+    tensors: Mapping[str, Tensors]
+    state: bytes
+    vocabulary_sha256: str | None = None
+    config_sha256: str | None = None
+
+
+def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
+    """Write a checkpoint under `folder` and return its path; it stands there whole or not at all."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        fsync_folder(folder.parent)
+    temporary = folder / f"{TEMPORARY_PREFIX}{checkpoint_name(content.step)}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        files: dict[str, FileEntry] = {}
+        for part, tensors in content.tensors.items():
+            files[f"{part}.safetensors"] = _write_tensor_file(temporary / f"{part}.safetensors", tensors)
+        files[STATE_FILE] = _write_bytes(temporary / STATE_FILE, content.state)
+        manifest = Manifest(
+            content.step, content.sequence, files, content.vocabulary_sha256, content.config_sha256
+        ).encode()
+        _write_bytes(temporary / MANIFEST_FILE, manifest)
+        fsync_folder(temporary)
+        path = _free_path(folder, content.step)
+        temporary.rename(path)
+    except BaseException:
+        # A part of a checkpoint is of no use, and on a full disk it would stand in the way of the next one.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(folder)
+    return path
+
+
+def _write_tensor_file(path: Path, tensors: Tensors) -> FileEntry:
+    # A stream of our own: a full disk is then an OSError with its number, not a library's message.
+    with path.open("xb") as stream:
+        entry = write_tensors(stream, tensors)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return entry
+
+
+def _write_bytes(path: Path, data: bytes) -> FileEntry:
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    if os.name == "nt":
+        return  # Windows opens no folders; NTFS journals names by itself.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_path(folder: Path, step: int) -> Path:
+    copy = 1
+    while (path := folder / checkpoint_name(step, copy)).exists():
+        copy += 1
+    return path
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint so that no crash leaves a part of it under its name."""
+    doomed = path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}-{secrets.token_hex(4)}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_temporaries(folder: Path) -> int:
+    """Delete what interrupted writes and deletions left; returns how many. Only for the folder's one writer."""
+    if not folder.is_dir():
+        return 0
+    stray = [path for path in folder.iterdir() if path.name.startswith(TEMPORARY_PREFIX)]
+    for path in stray:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return len(stray)
+
+
+class AsyncCheckpointWriter(Generic[T]):
+    """Runs `write(item)` for submitted items on a background thread, in order; used by one training thread.
+
+    Each item is submitted for some purposes. While the writer is busy, items wait; one that waits is dropped (given to
+    `discard`) as soon as a newer one serves all its purposes. So with purposes {"last"} and {"last", "best"} at most
+    two wait however slow the disk is, and a best one is dropped for a better one only.
+
+    An error of `write` is kept and raised as CheckpointWriteError by the next call; later items are written all the
+    same.
+    """
+
+    def __init__(self, write: Callable[[T], None], discard: Callable[[T], None] | None = None) -> None:
+        self._write = write
+        self._discard = discard
+        self._waiting: deque[tuple[T, frozenset[str], float]] = deque()
+        self._busy_since: float | None = None
+        self._error: Exception | None = None
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, item: T, purposes: frozenset[str] = frozenset({"last"})) -> None:
+        """Accept an item without waiting for the disk. An earlier item's error is raised after this one is accepted."""
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the checkpoint writer is closed; nothing more can be saved through it")
+            dropped = [each for each in self._waiting if each[1] <= purposes]
+            self._waiting = deque(each for each in self._waiting if not each[1] <= purposes)
+            self._waiting.append((item, purposes, time.monotonic()))
+            self._changed.notify_all()
+        for old, _, _ in dropped:
+            logger.info("the disk is slow: a waiting checkpoint gives way to a newer one")
+            if self._discard is not None:
+                self._discard(old)
+        self.check()
+
+    def check(self) -> None:
+        """Raise the error of an earlier item, once."""
+        with self._changed:
+            error, self._error = self._error, None
+        if error is not None:
+            raise CheckpointWriteError(f"a checkpoint could not be written: {error}") from error
+
+    def flush(self) -> None:
+        """Wait until everything accepted so far is written, then `check`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and self._busy_since is None)
+        self.check()
+
+    def lag_s(self) -> float:
+        """Seconds since the oldest unfinished item was submitted; 0 when all is written."""
+        with self._changed:
+            times = [since for _, _, since in self._waiting]
+            if self._busy_since is not None:
+                times.append(self._busy_since)
+        return time.monotonic() - min(times) if times else 0.0
+
+    def close(self) -> None:
+        """Write what waits, however long it takes, end the thread, then `check`. A second call only checks."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self.check()
+
+    def __enter__(self) -> "AsyncCheckpointWriter[T]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                item, _, self._busy_since = self._waiting.popleft()
+            try:
+                self._write(item)
+            except Exception as error:  # handed over: the training thread's next call raises it
+                logger.error("a checkpoint could not be written: %s", error)
+                with self._changed:
+                    self._error = self._error or error
+            finally:
+                with self._changed:
+                    self._busy_since = None
+                    self._changed.notify_all()

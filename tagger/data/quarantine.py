@@ -1,0 +1,203 @@
+"""Failures of input files: which are the file's own, which the storage's, and how many a run puts up with.
+
+Transient errors are waited out and never blamed on the file. A refused file is recorded with its reason and left out.
+Past the budget the run stops and names what went wrong: one corrupt image passes, a dying disk does not.
+"""
+
+import errno
+import logging
+import os
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tagger.data.decode import RefusedImage
+from tagger.data.scan import TRANSIENT_ERRORS, printable
+from tagger.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 1 << 30
+OUTAGE_S = 300.0
+_FIRST_WAIT_S = 0.02
+_LONGEST_WAIT_S = 5.0
+_REASONS = {
+    errno.ENOENT: "missing",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EISDIR: "not a regular file",
+    errno.ELOOP: "link loop",
+}
+# Windows translates line ends in files opened without O_BINARY; elsewhere a FIFO opened without O_NONBLOCK hangs.
+_OPEN_FLAGS = os.O_RDONLY
+for _name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC"):
+    _OPEN_FLAGS |= vars(os).get(_name, 0)
+
+
+class StorageError(RuntimeError):
+    """Storage or memory that did not recover in time; no file is to blame."""
+
+
+class DataFailureError(InputError):
+    """More refused images than the budget allows."""
+
+
+class UnreadableFile(RefusedImage):
+    """A file that cannot be read for a reason of its own."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of a regular file.
+
+    Raises UnreadableFile for the file's own faults; an OSError of TRANSIENT_ERRORS passes through.
+    """
+    try:
+        handle = os.open(path, _OPEN_FLAGS)
+        try:
+            facts = os.fstat(handle)
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnreadableFile("not a regular file")
+            if facts.st_size > MAX_FILE_BYTES:
+                raise UnreadableFile("file too large", f"{facts.st_size} bytes, the limit is {MAX_FILE_BYTES}")
+            parts = [os.read(handle, facts.st_size + 1)]
+            while parts[-1]:  # a short read is legal, and a growing file ends where it ends
+                parts.append(os.read(handle, 1 << 16))
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRORS:
+            raise
+        raise UnreadableFile(_REASONS.get(error.errno or 0, "unreadable"), error.strerror or str(error)) from error
+    return parts[0] if len(parts) == 2 else b"".join(parts)
+
+
+def retry_transient(
+    attempt: Callable[[], None], path: Path, stop: threading.Event, *, outage_s: float = OUTAGE_S
+) -> None:
+    """Run `attempt`, again after each transient error or lack of memory, waiting longer each time.
+
+    Raises StorageError when that goes on for `outage_s` seconds or when `stop` is set; what else it raises passes
+    through. `path` names the file for people.
+    """
+    started: float | None = None
+    wait_s = _FIRST_WAIT_S
+    while True:
+        try:
+            return attempt()
+        except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno not in TRANSIENT_ERRORS:
+                raise
+            now = time.monotonic()
+            reason = (error.strerror if isinstance(error, OSError) else None) or "out of memory"
+            if started is None:
+                started = now
+                logger.warning("%s: %s; trying again for up to %.0f s", printable(path), reason, outage_s)
+            if now - started > outage_s or stop.wait(wait_s):
+                raise StorageError(
+                    f"{printable(path)}: {reason}, still after {now - started:.0f} s; "
+                    "check the disk, the network and the free memory, then start again"
+                ) from error
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+class FailureBudget:
+    """Counts refused files against files seen; safe to use from any thread.
+
+    Stops the run at more than `max_fraction` of the files seen, once `min_seen` were, or at `max_in_a_row` refusals
+    with no success between. `always_allowed` files are forgiven whatever the fraction, for the sake of small sets.
+    """
+
+    def __init__(
+        self,
+        num_files: int,
+        *,
+        max_fraction: float = 0.001,
+        min_seen: int = 1000,
+        max_in_a_row: int = 50,
+        always_allowed: int = 5,
+    ) -> None:
+        self._num_files = num_files
+        self._max_fraction = max_fraction
+        self._min_seen = min_seen
+        self._max_in_a_row = max_in_a_row
+        self._always_allowed = always_allowed
+        self._lock = threading.Lock()
+        self._num_tried = 0
+        self._in_a_row = 0
+        self._reasons: dict[str, str] = {}
+        self._speaker = _Speaker()
+        self._failure: str | None = None
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Every refused file once, in the order of discovery, with the reason of its last refusal."""
+        with self._lock:
+            return tuple(Refusal(path, reason) for path, reason in self._reasons.items())
+
+    def accept(self) -> None:
+        """A file was used."""
+        with self._lock:
+            self._num_tried += 1
+            self._in_a_row = 0
+
+    def refuse(self, path: Path, error: RefusedImage) -> None:
+        """A file was left out. Raises DataFailureError past the budget."""
+        name = printable(path)
+        with self._lock:
+            self._num_tried += 1
+            self._in_a_row += 1
+            if name not in self._reasons:
+                self._speaker.say(name, str(error))
+            self._reasons[name] = error.reason
+            if self._failure is None:
+                self._failure = self._judge()
+            if self._failure is not None:
+                raise DataFailureError(self._failure)
+
+    def _judge(self) -> str | None:
+        # Epochs repeat the same files: a file refused every epoch is one file of the set.
+        num_seen = min(self._num_tried, self._num_files)
+        allowed = max(self._always_allowed, int(self._max_fraction * num_seen))
+        if self._in_a_row >= self._max_in_a_row:
+            return self._describe(f"{self._in_a_row} images in a row were refused")
+        if num_seen >= self._min_seen and len(self._reasons) > allowed:
+            return self._describe(f"{len(self._reasons)} of {num_seen} images were refused, {allowed} are put up with")
+        return None
+
+    def _describe(self, finding: str) -> str:
+        counts = Counter(self._reasons.values()).most_common(3)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
+        return f"{finding}: {reasons}; for example {', '.join(list(self._reasons)[:5])}; mend or remove them"
+
+
+class _Speaker:
+    """Logs the first refusals one by one, then one line for many."""
+
+    _FIRST_LINES = 10
+    _INTERVAL_S = 30.0
+
+    def __init__(self) -> None:
+        self._num_said = 0
+        self._num_held_back = 0
+        self._last = time.monotonic()
+
+    def say(self, name: str, reason: str) -> None:
+        now = time.monotonic()
+        if self._num_said >= self._FIRST_LINES and now - self._last < self._INTERVAL_S:
+            self._num_held_back += 1
+            return
+        more = f" (and {self._num_held_back} more since the last such line)" if self._num_held_back else ""
+        logger.warning("left out %s: %s%s", name, reason, more)
+        self._num_said, self._num_held_back, self._last = self._num_said + 1, 0, now

@@ -1,0 +1,32 @@
+"""Lists of different lengths, flat: picking some of them out of memory-mapped arrays, and packing new ones."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.int64]
+
+
+def gather(offsets: NDArray[np.int64], values: NDArray[np.integer], lists: Numbers) -> tuple[Numbers, Numbers]:
+    """The values of some lists: (values [T], and the place in `lists` that each belongs to [T]).
+
+    List i is `values[offsets[i]:offsets[i + 1]]`.
+    """
+    starts = offsets[lists]
+    lengths = offsets[lists + 1] - starts
+    places = np.repeat(np.arange(len(lists)), lengths)
+    first = np.cumsum(lengths) - lengths
+    picked = values[np.arange(len(places)) + np.repeat(starts - first, lengths)]
+    return picked.astype(np.int64), places
+
+
+def pack(
+    values: Numbers, places: Numbers, num_lists: int, num_values: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(values int32 [T], offsets int32 [num_lists + 1]): each list ascending, without repeats.
+
+    values: 0 .. num_values - 1, in any order. places: the list that each belongs to.
+    """
+    places, ascending = np.divmod(np.unique(places * num_values + values), num_values)
+    offsets = np.zeros(num_lists + 1, dtype=np.int32)
+    np.cumsum(np.bincount(places, minlength=num_lists), out=offsets[1:])
+    return ascending.astype(np.int32), offsets

@@ -1,0 +1,45 @@
+"""Which device a run uses, and in which precision it computes there. Refuses what the machine does not have."""
+
+import logging
+from typing import Literal
+
+import torch
+
+from tagger.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+PrecisionMode = Literal["auto", "bf16", "fp16", "off"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `training.device` means; "auto" is CUDA, else Apple's GPU, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name, False):
+        there = ", ".join(kind for kind, usable in available.items() if usable)
+        raise InputError(
+            f"training.device={name}, but torch {torch.__version__} finds no such device (it finds: {there}); "
+            "use training.device=auto, or install the build of torch for that device"
+        )
+    return torch.device(name)
+
+
+def autocast_dtype(mode: PrecisionMode, device: torch.device) -> torch.dtype | None:
+    """What `training.mixed_precision` means on a device; None is float32 throughout."""
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return None
+    if mode == "fp16":
+        if device.type != "cuda":
+            raise InputError(
+                f"training.mixed_precision=fp16 needs a CUDA device, this run is on {device.type}; "
+                "use auto, or bf16 where the hardware has it"
+            )
+        return torch.float16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if mode == "bf16":
+            raise InputError("training.mixed_precision=bf16, but this GPU has no bfloat16; use fp16 or off")
+        logger.warning("this GPU has no bfloat16: training in float32; training.mixed_precision=fp16 is faster")
+        return None
+    return torch.bfloat16

@@ -1,0 +1,174 @@
+"""Scored tags for image files: the same decoding and preprocessing as in training, whatever the batch size.
+
+An image that cannot be read gives an outcome of its own and never stops the others.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tagger.artifact import Artifact
+from tagger.data.decode import DecodeError, decode_image
+from tagger.data.scan import image_suffixes, printable
+from tagger.errors import InputError
+from tagger.module_state import load_tensors, named_tensors
+
+DEFAULT_MAX_PIXELS = 200_000_000
+_DECODING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class ScoredTag:
+    """A tag with its probability, 0..1."""
+
+    name: str
+    category: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The tags of one image, the most probable first. `image` is what the model saw, uint8 [3, S, S]."""
+
+    path: Path
+    tags: tuple[ScoredTag, ...]
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that gives no tags, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    path: Path
+    image: Tensor
+    valid_size: tuple[int, int]
+
+
+class Tagger:
+    """Tags image files with the model of an artifact.
+
+    `model` has the artifact's architecture; its weights are put in here. Images are decoded by threads while the model
+    is at work. Scores do not depend on the batch: to 1e-5 on one device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        artifact: Artifact,
+        device: torch.device,
+        batch_size: int = 16,
+        *,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} is below 1; use the number of images at a time, e.g. 16")
+        load_tensors(named_tensors(model), artifact.weights, f"the weights in {artifact.folder}")
+        self._model = model.to(device).eval()
+        self._artifact = artifact
+        self._device = device
+        self._batch_size = batch_size
+        self._max_pixels = max_pixels
+        ratings = [index for index, tag in enumerate(artifact.tags) if tag.category == "rating"]
+        self._exclusive = ratings if artifact.metadata.get("exclusive_ratings", False) else []
+
+    def predict(
+        self, paths: Sequence[Path], threshold: float | None = None, top: int | None = None
+    ) -> Iterator[Prediction | Unreadable]:
+        """An outcome for each path, in order.
+
+        A prediction has the tags at or above `threshold` (None: the artifact's), at most `top` of them. Ratings that
+        exclude each other do not compete with the threshold: the most probable one is given.
+        """
+        limit = self._artifact.threshold if threshold is None else threshold
+        with ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode") as pool:
+            ahead = self._submit(pool, paths, 0)
+            for start in range(0, len(paths), self._batch_size):
+                prepared = [future.result() for future in ahead]
+                ahead = self._submit(pool, paths, start + self._batch_size)
+                images = [item for item in prepared if isinstance(item, _Prepared)]
+                scores = iter(self._score(images)) if images else iter(())
+                for item in prepared:
+                    if isinstance(item, Unreadable):
+                        yield item
+                    else:
+                        yield Prediction(item.path, self._select(next(scores), limit, top), item.image)
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, paths: Sequence[Path], start: int
+    ) -> list[Future[_Prepared | Unreadable]]:
+        return [pool.submit(self._prepare, path) for path in paths[start : start + self._batch_size]]
+
+    def _prepare(self, path: Path) -> _Prepared | Unreadable:
+        preprocess = self._artifact.preprocess
+        if path.exists() and not path.is_file():
+            return Unreadable(path, "not a regular file")  # reading a pipe could wait for ever
+        try:
+            pixels = decode_image(path.read_bytes(), background=preprocess.background, max_pixels=self._max_pixels)
+        except DecodeError as error:
+            return Unreadable(path, str(error))
+        except OSError as error:
+            return Unreadable(path, error.strerror or type(error).__name__)
+        image, valid_size = preprocess.apply(pixels)
+        return _Prepared(path, image, valid_size)
+
+    def _score(self, prepared: Sequence[_Prepared]) -> NDArray[np.float32]:
+        """Probabilities [B, C]."""
+        images = torch.stack([item.image for item in prepared]).to(self._device)
+        valid_sizes = torch.tensor([item.valid_size for item in prepared], dtype=torch.int32).to(self._device)
+        with torch.inference_mode():
+            logits = self._model(images, valid_sizes).float()
+            scores = logits.sigmoid()
+            if self._exclusive:
+                scores[:, self._exclusive] = logits[:, self._exclusive].softmax(dim=1)
+        array: NDArray[np.float32] = scores.cpu().numpy()
+        return array
+
+    def _select(self, scores: NDArray[np.float32], threshold: float, top: int | None) -> tuple[ScoredTag, ...]:
+        chosen = scores >= threshold
+        if self._exclusive:
+            chosen[self._exclusive] = False
+            chosen[self._exclusive[int(scores[self._exclusive].argmax())]] = True
+        indices = np.flatnonzero(chosen)
+        # Equal scores keep the order of the vocabulary.
+        ranked = indices[np.argsort(-scores[indices], kind="stable")][:top]
+        tags = self._artifact.tags
+        return tuple(ScoredTag(tags[i].name, tags[i].category, float(scores[i])) for i in ranked)
+
+
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """Files as they are named, and the images in folders, sub-folders included, sorted; each path once.
+
+    Hidden entries and linked folders are left out. Raises InputError for a place that does not exist.
+    """
+    found: dict[Path, None] = {}
+    for place in places:
+        if place.is_dir():
+            found |= dict.fromkeys(_images_in(place))
+        elif place.exists():
+            found[place] = None
+        else:
+            raise InputError(f"{printable(place)} does not exist; name an image or a folder of images")
+    return list(found)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    suffixes = {f".{suffix}" for suffix in image_suffixes()}
+    images: list[Path] = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(root, name) for name in names if not name.startswith(".")]
+        images += [path for path in paths if path.suffix.lower() in suffixes]
+    return sorted(images)

@@ -1,0 +1,233 @@
+"""One run, one folder: where everything of a run lies, who may write there, and how the run went (`results.json`).
+
+Refuses a folder that exists unless the run is continued, and a folder in which another process is at work.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, get_args
+
+from tagger.errors import InputError
+from tagger.files import FormatError, read_json, write_json
+from tagger.logs import RunLogHandler
+from tagger.run_lock import FolderLock, LockedError, is_held
+
+FORMAT_VERSION = 1
+Status = Literal["running", "completed", "stopped", "failed", "diverged"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolderError(InputError):
+    """A run folder that may not be used as asked; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class BestResult:
+    """The best validation of a run: `metric` names the scalar, `step` counts optimizer steps."""
+
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """How a run went so far. Numbers that are not finite are stored, and read again, as None."""
+
+    status: Status
+    best: BestResult | None = None
+    final: Mapping[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    steps: int = 0
+    commit: str | None = None
+    vocabulary_sha256: str | None = None
+    error: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def write(self, path: Path) -> None:
+        """Replace `results.json` atomically."""
+        content = asdict(self)
+        write_json(path, {"format_version": content.pop("format_version"), **content})
+
+    @classmethod
+    def read(cls, path: Path) -> "RunResults":
+        """Raises FormatError when the file is missing, damaged or newer than this program."""
+        content = read_json(path, "results", FORMAT_VERSION)
+        try:
+            if content["status"] not in get_args(Status):
+                raise ValueError(f"status {content['status']!r}")
+            best = content["best"]
+            return cls(
+                status=content["status"],
+                best=None if best is None else BestResult(best["metric"], best["value"], best["step"]),
+                final=dict(content["final"]),
+                seconds=float(content["seconds"]),
+                images_per_second=content["images_per_second"],
+                steps=int(content["steps"]),
+                commit=content["commit"],
+                vocabulary_sha256=content["vocabulary_sha256"],
+                error=content["error"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"results {path} cannot be read ({error}); delete it, or restore it from a copy"
+            ) from error
+
+
+class RunFolder:
+    """A run's folder, locked and with its `train.log` open until `close` (or the end of a `with` block).
+
+    Everything logged by this process goes to `train.log` meanwhile, tracebacks included.
+    """
+
+    def __init__(self, path: Path, lock: FolderLock, is_new: bool) -> None:
+        self.path = path
+        self.is_new = is_new
+        self._lock = lock
+        self._log_handler = RunLogHandler(self.log_path)
+        root = logging.getLogger()
+        root.setLevel(min(root.level, logging.INFO))
+        root.addHandler(self._log_handler)
+
+    @classmethod
+    def open(cls, path: Path, resume: bool) -> "RunFolder":
+        """Make and lock the folder; with `resume` it may exist already. Raises RunFolderError otherwise."""
+        try:
+            path.mkdir(parents=True)
+            is_new = True
+        except FileExistsError as error:
+            if not path.is_dir():
+                raise RunFolderError(f"{path} is a file; a run needs a folder of that name") from error
+            if not resume:
+                raise RunFolderError(
+                    f"{path} already exists ({describe_run(path)}); continue it with --resume latest, "
+                    f"or start another run with run.name={_free_name(path)}"
+                ) from error
+            is_new = False
+        try:
+            lock = FolderLock(lock_path(path))
+        except LockedError as error:
+            raise RunFolderError(
+                f"{path}: {error}; wait for it or stop it, or start another run with run.name={_free_name(path)} "
+                f"(if that process is surely gone, delete {lock_path(path)})"
+            ) from error
+        return cls(path, lock, is_new)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def log_path(self) -> Path:
+        """What happened, in words."""
+        return self.path / "train.log"
+
+    @property
+    def metrics_path(self) -> Path:
+        """What was measured, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """What the run continues from."""
+        return self.path / "checkpoints"
+
+    @property
+    def vocabulary_path(self) -> Path:
+        """The tags in the order of the model's outputs."""
+        return self.path / "vocabulary.json"
+
+    @property
+    def results_path(self) -> Path:
+        """How the run went."""
+        return results_path(self.path)
+
+    @property
+    def model_dir(self) -> Path:
+        """The artifact that prediction reads."""
+        return model_dir(self.path)
+
+    def close(self) -> None:
+        """Close `train.log` and let go of the lock; a second call does nothing."""
+        logging.getLogger().removeHandler(self._log_handler)
+        self._log_handler.close()
+        self._lock.release()
+
+    def discard_if_new(self) -> None:
+        """Close, and remove a folder that this process made: a start that was refused leaves nothing behind."""
+        self.close()
+        if self.is_new:
+            shutil.rmtree(self.path)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def lock_path(run: Path) -> Path:
+    """The lock of the run in folder `run`."""
+    return run / "run.lock"
+
+
+def results_path(run: Path) -> Path:
+    """`results.json` of the run in folder `run`."""
+    return run / "results.json"
+
+
+def model_dir(run: Path) -> Path:
+    """The artifact of the run in folder `run`."""
+    return run / "model"
+
+
+def describe_run(run: Path) -> str:
+    """How the run in folder `run` stands, for people: "completed, step 900"."""
+    with contextlib.suppress(FormatError, OSError):
+        results = RunResults.read(results_path(run))
+        status = "interrupted" if results.status == "running" and not is_held(lock_path(run)) else results.status
+        return f"{status}, step {results.steps}"
+    return "no results yet"
+
+
+def code_commit() -> str | None:
+    """The git commit of this program's own files; None where they are not in a repository or git is missing."""
+    # Inside a git hook GIT_DIR names another repository and would win over -C.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL, env=environment
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _free_name(path: Path) -> str:
+    number = 2
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return f"{path.name}-{number}"

@@ -1,0 +1,314 @@
+"""Where numbers go: `metrics.jsonl` (the local truth), TensorBoard event files and Weights & Biases.
+
+Every sink raises `SinkError` or OSError for a value it could not take and stays usable; the caller counts and goes on.
+Local files hold whole lines and whole records only: a write that fails half-way is taken back. On resume whatever lies
+past the resumed step is removed from the files themselves, because TensorBoard (2.21, both of its readers) goes on
+showing points that a `purge_step` event alone was meant to hide.
+"""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import re
+import secrets
+import socket
+import struct
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+from tagger.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+_RECORD_HEADER = struct.Struct("<QI")  # length of the data and a checksum of the length
+_RECORD_FOOTER = 4  # a checksum of the data
+_HISTOGRAM_BINS = 50
+
+
+class SinkError(Exception):
+    """A sink could not take a value; the run goes on without it."""
+
+
+class Sink(ABC):
+    """One place where numbers go. Used from one thread."""
+
+    name: str
+
+    @abstractmethod
+    def write_scalars(self, scalars: Mapping[str, float], step: int, epoch: int, wall_time: float) -> None:
+        """Record the scalars of a step; `wall_time` in seconds since 1970."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Hand over what is pending and release the file or connection."""
+
+
+class PictureSink(Sink):
+    """A sink that also shows pictures and distributions."""
+
+    @abstractmethod
+    def write_picture(self, name: str, picture: Image.Image, step: int, wall_time: float) -> None:
+        """Record an RGB picture."""
+
+    @abstractmethod
+    def write_histogram(self, name: str, values: np.ndarray, step: int, wall_time: float) -> None:
+        """Record the distribution of `values`: float64, at least one, all finite."""
+
+
+class JsonlSink(Sink):
+    """One JSON object a line: `step`, `epoch`, `time` and the scalars; what is not finite becomes null.
+
+    `resume_step` is the last step to keep in an existing file; None starts an empty one.
+    """
+
+    name = "metrics.jsonl"
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        if path.exists():
+            _trim_lines(path, resume_step)
+        self._file = _AppendedFile(path)
+
+    def write_scalars(self, scalars: Mapping[str, float], step: int, epoch: int, wall_time: float) -> None:
+        line = {"step": step, "epoch": epoch, "time": wall_time, **scalars}
+        self._file.append(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink(PictureSink):
+    """Event files as TensorBoard reads them, written without TensorFlow.
+
+    `resume_step` is the last step to keep of the event files already in `folder`; None removes them. Records are
+    written by the calling thread, so that a full disk is seen here and not in a thread that dies unnoticed.
+    """
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        for path in earlier:
+            if resume_step is None:
+                path.unlink()
+            else:
+                _trim_events(path, resume_step)
+        # TensorBoard reads the files of a run in the order of their names: a clock that was set back must not break it.
+        stamp = max([int(time.time()), *(_stamp_of(path) + 1 for path in earlier)])
+        self._file = _AppendedFile(folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}")
+        now = time.time()
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        if earlier:
+            # For a TensorBoard that is running and has the old points in memory.
+            first_step = 0 if resume_step is None else resume_step + 1
+            self._write(Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write_scalars(self, scalars: Mapping[str, float], step: int, epoch: int, wall_time: float) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in {**scalars, "epoch": epoch}.items()]
+        self._write(Event(wall_time=wall_time, step=step, summary=Summary(value=values)))
+
+    def write_picture(self, name: str, picture: Image.Image, step: int, wall_time: float) -> None:
+        encoded = io.BytesIO()
+        picture.save(encoded, "PNG")
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
+        )
+        self._write(
+            Event(wall_time=wall_time, step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
+        )
+
+    def write_histogram(self, name: str, values: np.ndarray, step: int, wall_time: float) -> None:
+        histogram = Summary.Value(tag=name, histo=_histogram(values))
+        self._write(Event(wall_time=wall_time, step=step, summary=Summary(value=[histogram])))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())
+
+
+class WandbSink(PictureSink):
+    """Weights & Biases; the package is imported here and only here, and needs no network in mode `offline`.
+
+    The identity of the W&B run is kept in `folder`, so that a resumed run continues it. W&B steps may not go back, so
+    the step is logged as a value and named the x axis. Raises SinkError from the start when W&B cannot be used.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        project: str,
+        run_name: str,
+        mode: Literal["online", "offline"],
+        settings: Mapping[str, object],
+        resume_step: int | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        try:
+            self._wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise SinkError("the package is not installed; run 'pip install wandb'") from error
+        with _failures_named():
+            self._run: Any = self._start(folder, project, run_name, mode, settings, resume_step, timeout_s)
+
+    def _start(
+        self,
+        folder: Path,
+        project: str,
+        run_name: str,
+        mode: Literal["online", "offline"],
+        settings: Mapping[str, object],
+        resume_step: int | None,
+        timeout_s: float,
+    ) -> object:
+        identity = folder / "wandb-id"
+        if resume_step is None or not identity.is_file():
+            write_atomic(identity, secrets.token_hex(8).encode())
+        run = self._wandb.init(
+            project=project,
+            name=run_name,
+            id=identity.read_text(encoding="ascii").strip(),
+            resume="allow",
+            dir=str(folder),
+            mode=mode,
+            config=dict(settings),
+            settings=self._wandb.Settings(console="off", silent=True, init_timeout=timeout_s, x_disable_stats=True),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def write_scalars(self, scalars: Mapping[str, float], step: int, epoch: int, wall_time: float) -> None:
+        with _failures_named():
+            self._run.log({**scalars, "step": step, "epoch": epoch, "time": wall_time})
+
+    def write_picture(self, name: str, picture: Image.Image, step: int, wall_time: float) -> None:
+        with _failures_named():
+            self._run.log({name: self._wandb.Image(picture), "step": step, "time": wall_time})
+
+    def write_histogram(self, name: str, values: np.ndarray, step: int, wall_time: float) -> None:
+        counts, edges = np.histogram(values, bins=_HISTOGRAM_BINS)
+        with _failures_named():
+            histogram = self._wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist()))
+            self._run.log({name: histogram, "step": step, "time": wall_time})
+
+    def close(self) -> None:
+        with _failures_named():
+            self._run.finish()
+
+
+@contextlib.contextmanager
+def _failures_named() -> Iterator[None]:
+    """Whatever the W&B client raises becomes a SinkError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise SinkError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+class _AppendedFile:
+    """A file that grows by whole pieces: a piece that does not fit is taken back, and the next one is tried anew."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._torn = False
+
+    def append(self, piece: bytes) -> None:
+        """Raises OSError when the piece could not be written whole."""
+        if self._torn:
+            self._take_back()
+        remaining = memoryview(piece)
+        try:
+            while remaining:
+                remaining = remaining[self._stream.write(remaining) :]
+        except OSError:
+            self._torn = True
+            self._take_back()
+            raise
+        self._size += len(piece)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _take_back(self) -> None:
+        self._stream.truncate(self._size)
+        self._torn = False
+
+
+def _trim_lines(path: Path, last_step: int | None) -> None:
+    """Keep the whole lines of the steps up to `last_step` (None: no line)."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _line_is_kept(line, last_step)]
+    if kept == lines and (not lines or lines[-1].endswith(b"\n")):
+        return
+    write_atomic(path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept))
+    past = "every step" if last_step is None else f"step {last_step}"
+    logger.info("%s: removed %d lines that were torn or past %s", path.name, len(lines) - len(kept), past)
+
+
+def _line_is_kept(line: bytes, last_step: int | None) -> bool:
+    try:
+        content = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    step = content.get("step") if isinstance(content, dict) else None
+    return last_step is not None and isinstance(step, int) and step <= last_step
+
+
+def _trim_events(path: Path, last_step: int) -> None:
+    """Keep the whole records of the steps up to `last_step`."""
+    content = path.read_bytes()
+    kept = b"".join(record for record, event in _records(content) if event.step <= last_step)
+    if kept != content:
+        write_atomic(path, kept)
+
+
+def _records(content: bytes) -> Iterator[tuple[bytes, Event]]:
+    """Each whole record of an event file with the event in it; ends at the first one that is torn."""
+    start = 0
+    while start + _RECORD_HEADER.size <= len(content):
+        length, _ = _RECORD_HEADER.unpack_from(content, start)
+        data = start + _RECORD_HEADER.size
+        end = data + length + _RECORD_FOOTER
+        if end > len(content):
+            return
+        yield content[start:end], Event.FromString(content[data : data + length])
+        start = end
+
+
+def _stamp_of(path: Path) -> int:
+    found = re.match(r"events\.out\.tfevents\.(\d+)", path.name)
+    return int(found[1]) if found else 0
+
+
+def _histogram(values: np.ndarray) -> HistogramProto:
+    counts, edges = np.histogram(values, bins=_HISTOGRAM_BINS)
+    return HistogramProto(
+        min=float(values.min()),
+        max=float(values.max()),
+        num=float(values.size),
+        sum=float(values.sum()),
+        sum_squares=float(np.square(values).sum()),
+        bucket_limit=edges[1:].tolist(),
+        bucket=counts.tolist(),
+    )

@@ -1,0 +1,119 @@
+"""From pixels to tokens: the stems of a Vision Transformer, its position embeddings and which tokens hold padding.
+
+Refuses nothing: the model has checked sizes before it calls.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class PatchStem(nn.Module):
+    """Patches of `patch_size` pixels a side -> tokens: a strided convolution written as one matrix product."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(3 * patch_size * patch_size, embed_dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, H/P * W/P, D], row by row."""
+        side = self.patch_size
+        rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+        patches = pixels.reshape(-1, 3, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
+        tokens: Tensor = self.proj(patches.reshape(-1, rows * columns, 3 * side * side))
+        return tokens
+
+
+class ConvStem(nn.Module):
+    """Stride-2 3x3 convolutions down to the token grid, then a linear map: learns on little data where patches do not.
+
+    After "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), with a norm over the channels of each
+    position in place of batch norm: no running statistics to average or synchronise, the same at any batch size.
+    `patch_size` is a power of two, 2 or more.
+    """
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        steps = patch_size.bit_length() - 1
+        widths = [3, *(max(8, embed_dim >> (steps - 1 - step)) for step in range(steps))]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False)
+            for narrow, wide in itertools.pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=NORM_EPS) for width in widths[1:])
+        self.proj = nn.Linear(widths[-1], embed_dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, H/P * W/P, D], row by row."""
+        maps = pixels
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            maps = F.relu(norm(conv(maps).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        tokens: Tensor = self.proj(maps.permute(0, 2, 3, 1).flatten(1, 2))
+        return tokens
+
+
+def resize_position_embedding(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embeddings [1, rows * columns, D] of one token grid as those of another: bicubic, antialiased."""
+    return PositionResizer(old_grid)(pos_embed, new_grid)
+
+
+class PositionResizer:
+    """Resizes position embeddings of one grid to any other, keeping what it worked out for each.
+
+    What is kept are the coefficients, which do not depend on the weights, so nothing goes stale as training moves them.
+    """
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self._grid = grid
+        self._kept: dict[tuple[tuple[int, int], torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, pos_embed: Tensor, new_grid: tuple[int, int]) -> Tensor:
+        """[1, rows * columns, D] of the own grid -> the same of `new_grid`; differentiable."""
+        if new_grid == self._grid:
+            return pos_embed
+        by_row, by_column = self._matrices(new_grid, pos_embed)
+        width = pos_embed.shape[-1]
+        # Two small products in place of F.interpolate: deterministic backward on CUDA, and plain MatMul nodes in ONNX.
+        with torch.autocast(pos_embed.device.type, enabled=False):
+            rows = by_row @ pos_embed.reshape(self._grid[0], self._grid[1] * width)
+            resized: Tensor = by_column @ rows.reshape(new_grid[0], self._grid[1], width)
+        return resized.reshape(1, new_grid[0] * new_grid[1], width)
+
+    def _matrices(self, new_grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        key = (new_grid, like.device, like.dtype)
+        if key in self._kept:
+            return self._kept[key]
+        by_row, by_column = (_axis_matrix(old, new, like) for old, new in zip(self._grid, new_grid, strict=True))
+        if not torch.compiler.is_compiling():  # a traced tensor must not outlive its trace
+            self._kept[key] = by_row, by_column
+        return by_row, by_column
+
+
+def _axis_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """[new, old]: resizing along one axis is linear, so resizing the unit vectors gives its matrix."""
+    # Kept across calls, so it must be an ordinary tensor even when first needed under inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        unit = torch.eye(old, dtype=torch.float64, device="cpu").reshape(1, 1, old, old)
+        # Along the width only: torch 2.13 on CPU gets images one pixel wide wrong.
+        resized = F.interpolate(unit, size=(old, new), mode="bicubic", align_corners=False, antialias=True)
+        return resized.reshape(old, new).t().contiguous().to(like.dtype).to(like.device)
+
+
+def content_mask(valid_sizes: Tensor, height: int, width: int, cell: int = 1) -> Tensor:
+    """Which cells of `cell` pixels a side hold any image content, for content centred in [height, width] pixels.
+
+    `valid_sizes` [B, 2] are the (h, w) of the content in pixels; returns bool [B, height / cell, width / cell].
+    """
+
+    def along(axis: int, length: int) -> Tensor:
+        size = valid_sizes[:, axis : axis + 1].to(torch.int64)
+        first = torch.div(length - size, 2, rounding_mode="floor")
+        start = torch.arange(0, length, cell, device=valid_sizes.device)
+        return (start < first + size) & (start + cell > first)
+
+    return along(0, height)[:, :, None] & along(1, width)[:, None, :]

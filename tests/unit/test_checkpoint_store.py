@@ -1,0 +1,269 @@
+"""The newest good checkpoint is found, the best one is right, and nothing is deleted before its time."""
+
+import errno
+import logging
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tagger.checkpoint import format as checkpoint_format
+from tagger.checkpoint import writer as checkpoint_writer
+from tagger.checkpoint.format import CheckpointError, encode_state, list_checkpoints, verify_checkpoint
+from tagger.checkpoint.store import CheckpointStore, load_checkpoint, read_best
+from tagger.files import read_json
+
+
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((64,), value)}, "rng": {"torch": torch.zeros(8, dtype=torch.uint8)}}
+
+
+def store(folder: Path, keep_last: int = 3, metric: str = "val/mAP") -> CheckpointStore:
+    return CheckpointStore(folder, keep_last, metric)
+
+
+def commit(target: CheckpointStore, step: int, value: float | None = None) -> Path:
+    return target.commit(step, tensors(float(step)), encode_state({"step": step}), value)
+
+
+def weight(folder: Path, which: str = "latest") -> float:
+    loaded = load_checkpoint(folder, which)
+    assert loaded is not None
+    return float(loaded.tensors["model"]["w"][0])
+
+
+def test_stray_temporaries_go_at_the_start(tmp_path: Path) -> None:
+    commit(store(tmp_path), 1)
+    (tmp_path / ".tmp-step-000000002-abcd").mkdir()
+    (tmp_path / ".tmp-step-000000002-abcd" / "model.safetensors").write_bytes(b"part")
+    (tmp_path / ".tmp-file").write_bytes(b"")
+    store(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.json", "step-000000001"]
+
+
+def test_the_newest_is_the_one_written_last_not_the_highest_step(tmp_path: Path) -> None:
+    target = store(tmp_path, keep_last=5)
+    for step in (10, 20, 30):
+        commit(target, step)
+    again = store(tmp_path, keep_last=5)  # resumed from step 10, say
+    commit(again, 15)
+    assert weight(tmp_path) == 15.0
+    assert read_json(tmp_path / "last.json", "", 1)["checkpoint"] == "step-000000015"
+
+
+def test_a_second_save_of_a_step_stands_beside_the_first_until_it_is_whole(tmp_path: Path) -> None:
+    target = store(tmp_path, keep_last=2)
+    commit(target, 5)
+    first = commit(target, 10)
+    second = commit(target, 10)
+    assert (first.name, second.name) == ("step-000000010", "step-000000010-2")
+    assert not first.exists() and second.exists()
+    assert (tmp_path / "step-000000005").exists()
+
+
+def damage(path: Path, kind: str) -> None:
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if kind == "truncated":
+        data = data[:-5]
+    elif kind == "flipped":
+        data[random.Random(0).randrange(len(data))] ^= 4
+    else:
+        data[-64:] = bytes(64)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "zeroed"])
+@pytest.mark.parametrize("which", ["latest", "best"])
+def test_a_broken_checkpoint_gives_way_to_the_newest_good_one_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, which: str
+) -> None:
+    target = store(tmp_path)
+    for step in (1, 2, 3):
+        commit(target, step, value=step / 10)
+    damage(tmp_path / "step-000000003", kind)
+    with caplog.at_level(logging.WARNING):
+        assert weight(tmp_path, which) == 2.0
+    assert "step-000000003 is broken: model.safetensors" in caplog.text or "the content of" in caplog.text
+    assert "step-000000002, the newest good checkpoint" in caplog.text
+
+
+def test_a_lost_newest_checkpoint_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = store(tmp_path)
+    commit(target, 1)
+    shutil.rmtree(commit(target, 2))
+    with caplog.at_level(logging.WARNING):
+        assert weight(tmp_path) == 1.0
+    assert "step-000000002 is recorded as latest but cannot be used" in caplog.text
+
+
+def test_a_good_checkpoint_loads_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = store(tmp_path)
+    commit(target, 1, value=0.5)
+    commit(target, 2, value=0.4)
+    with caplog.at_level(logging.WARNING):
+        assert weight(tmp_path) == 2.0 and weight(tmp_path, "best") == 1.0
+    assert caplog.text == ""
+
+
+def test_nothing_usable_is_never_a_silent_fresh_start(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path / "absent", "latest") is None
+    assert load_checkpoint(tmp_path, "latest") is None
+    target = store(tmp_path)
+    for step in (1, 2):
+        damage(commit(target, step), "flipped")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        load_checkpoint(tmp_path, "latest")
+
+
+def test_a_path_is_taken_at_its_word(tmp_path: Path) -> None:
+    target = store(tmp_path)
+    first, second = commit(target, 1), commit(target, 2)
+    assert weight(tmp_path, str(first)) == weight(tmp_path, first.name) == 1.0
+    damage(second, "flipped")
+    with pytest.raises(CheckpointError, match="is broken"):
+        load_checkpoint(tmp_path, str(second))
+    with pytest.raises(CheckpointError, match=r"no checkpoint folder nowhere .*step-000000001.*use latest, best"):
+        load_checkpoint(tmp_path, "nowhere")
+
+
+def test_best_without_a_record_is_the_newest_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    commit(store(tmp_path), 1)
+    assert weight(tmp_path, "best") == 1.0
+    assert "no checkpoint in" in caplog.text and "marked best" in caplog.text
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    commit(CheckpointStore(tmp_path, 3, "val/mAP", vocabulary_sha256="a" * 64), 1)
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        CheckpointStore(tmp_path, 3, "val/mAP", vocabulary_sha256="b" * 64).load("latest")
+
+
+def test_best_is_compared_with_the_same_metric_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = store(tmp_path, metric="val/mAP")
+    commit(target, 1, value=0.9)
+    other = store(tmp_path, metric="val/loss")
+    assert other.best is None and "chosen by val/mAP, this run chooses by val/loss" in caplog.text
+    commit(other, 2, value=30.0)
+    commit(other, 3, value=40.0)
+    record = read_best(tmp_path)
+    assert record is not None and (record.metric, record.value, record.step) == ("val/loss", 30.0, 2)
+
+
+def test_a_loss_is_better_lower_and_a_score_higher(tmp_path: Path) -> None:
+    for metric, expected in (("val/loss", 2), ("val/mAP", 3)):
+        target = store(tmp_path / metric.replace("/", "-"), metric=metric)
+        for step, value in ((1, 0.5), (2, 0.1), (3, 0.8)):
+            commit(target, step, value=value)
+        assert target.best is not None and target.best.step == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("metric", ["val/mAP", "val/loss"])
+def test_a_value_that_is_not_finite_is_never_best(tmp_path: Path, value: float, metric: str) -> None:
+    target = store(tmp_path, metric=metric)
+    commit(target, 1, value=value)
+    assert target.best is None and read_best(tmp_path) is None
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    target = store(tmp_path, keep_last=1)
+    commit(target, 1)
+    with pytest.raises(CheckpointError, match="w is not finite at step 2"):
+        target.commit(2, tensors(float("nan")), encode_state({}))
+    assert weight(tmp_path) == 1.0
+
+
+def test_a_checkpoint_that_reads_back_wrong_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = store(tmp_path, keep_last=1)
+    commit(target, 1, value=0.5)
+    real = checkpoint_format.write_tensors
+
+    def lies(stream: object, values: dict) -> object:
+        entry = real(stream, values)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(b"\x7f")
+        return entry
+
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", lies)
+    with pytest.raises(CheckpointError, match="is broken"):
+        commit(target, 2, value=0.9)
+    assert weight(tmp_path) == weight(tmp_path, "best") == 1.0
+
+
+class Retention(RuleBasedStateMachine):
+    """Any order of saves, crashes and restarts, against a list: the newest N and the best are there, and load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(os, "fsync", lambda _: None)  # the order is held by another test
+        self.saved: list[tuple[int, float | None]] = []
+        self.step = 0
+
+    @initialize(keep_last=st.integers(1, 3))
+    def start(self, keep_last: int) -> None:
+        self.keep_last = keep_last
+        self.store = store(self.folder, keep_last)
+
+    @rule(advance=st.integers(0, 3), value=st.none() | st.sampled_from([0.1, 0.2, 0.3, float("nan")]))
+    def save(self, advance: int, value: float | None) -> None:
+        self.step += advance
+        commit(self.store, self.step, value)
+        self.saved.append((self.step, value))
+
+    @precondition(lambda self: self.saved)
+    @rule(back=st.integers(1, 3))
+    def go_back(self, back: int) -> None:
+        self.step = max(0, self.step - back)
+        self.restart()
+
+    @rule()
+    def restart(self) -> None:
+        (self.folder / ".tmp-stray").mkdir(exist_ok=True)
+        self.store = store(self.folder, self.keep_last)
+
+    @rule()
+    def crash_while_writing(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+            with pytest.raises(OSError, match="gone"):
+                commit(self.store, self.step, 0.9)
+
+    @invariant()
+    def newest_and_best_are_there(self) -> None:
+        names = {path.name for path in list_checkpoints(self.folder)}
+        if not self.saved:
+            assert not names
+            return
+        assert weight(self.folder) == float(self.saved[-1][0])
+        steps: list[int] = []
+        for step, _ in reversed(self.saved):
+            if step not in steps:
+                steps.append(step)
+        best: tuple[int, float] | None = None
+        for step, value in self.saved:
+            if value is not None and value == value and (best is None or value > best[1]):
+                best = (step, value)
+        kept = set(steps[: self.keep_last]) | ({best[0]} if best else set())
+        assert {verify_checkpoint(self.folder / name).step for name in names} == kept
+        if best:
+            record = read_best(self.folder)
+            assert record is not None and (record.step, record.value) == best
+            assert record.checkpoint in names
+
+    def teardown(self) -> None:
+        self.patch.undo()
+        shutil.rmtree(self.folder)
+
+
+Retention.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+test_retention_keeps_the_newest_and_the_best = Retention.TestCase

@@ -1,0 +1,142 @@
+import dataclasses
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from tagger.files import FormatError
+from tagger.preprocess import Preprocess
+
+MAGENTA = (255, 0, 255)
+
+
+def picture(height: int, width: int) -> NDArray[np.uint8]:
+    """Smooth colours with a hard edge: what resizing filters disagree on."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    planes = [127 + 120 * np.sin(x / 9 + c) * np.cos(y / 11 - c) for c in range(3)]
+    image = np.stack(planes, axis=-1)
+    image[height // 3 : height // 2, width // 4 : width // 2] = (250, 10, 30)
+    return image.astype(np.uint8)
+
+
+def content_of(square: torch.Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
+    side = square.shape[1]
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    return square[:, top : top + size[0], left : left + size[1]].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (333, 333), (500, 90), (20, 30)])
+def test_resize_agrees_with_pillow_bicubic(height: int, width: int) -> None:
+    image = picture(height, width)
+    square, size = Preprocess(image_size=112).apply(image)
+    reference = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    difference = np.abs(content_of(square, size).astype(int) - reference.astype(int))
+    assert difference.max() <= 1
+
+
+def test_the_content_is_centred_on_the_background() -> None:
+    square, size = Preprocess(image_size=64, background=MAGENTA).apply(np.zeros((50, 100, 3), np.uint8))
+    assert size == (32, 64)
+    assert square.shape == (3, 64, 64)
+    bars = torch.cat([square[:, :16], square[:, 48:]], dim=1)
+    assert all((bars[c] == MAGENTA[c]).all() for c in range(3))
+    assert (square[:, 16:48] == 0).all()
+
+
+def test_every_pixel_of_the_place_is_written() -> None:
+    preprocess = Preprocess(image_size=32, background=MAGENTA)
+    image = picture(40, 23)
+    clean, dirty = np.zeros((3, 32, 32), np.uint8), np.full((3, 32, 32), 77, np.uint8)
+    assert preprocess.apply_into(image, clean) == preprocess.apply_into(image, dirty)
+    np.testing.assert_array_equal(clean, dirty)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
+def test_mirroring_the_square_is_mirroring_the_content(height: int, width: int, side: int) -> None:
+    preprocess = Preprocess(image_size=side, background=MAGENTA)
+    image = picture(height, width)
+    plain, mirrored = np.empty((3, side, side), np.uint8), np.empty((3, side, side), np.uint8)
+    assert preprocess.apply_into(image, plain) == preprocess.apply_into(image, mirrored, mirror=True)
+    np.testing.assert_array_equal(plain[:, :, ::-1], mirrored)
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 1024))
+def test_the_aspect_ratio_is_kept_to_a_pixel(height: int, width: int, side: int) -> None:
+    found = Preprocess(image_size=side).content_size(height, width)
+    assert max(found) == side
+    assert min(found) >= 1
+    assert all((side - length) % 2 == 0 for length in found)
+    scale = side / max(height, width)
+    for length, exact in zip(found, (height * scale, width * scale), strict=True):
+        assert abs(length - exact) <= 1 or length <= 2
+
+
+def test_an_image_of_the_right_size_is_not_resampled() -> None:
+    image = picture(48, 48)
+    square, size = Preprocess(image_size=48).apply(image)
+    assert size == (48, 48)
+    np.testing.assert_array_equal(square.permute(1, 2, 0).numpy(), image)
+
+
+def test_json_round_trip_gives_an_equal_object(tmp_path: Path) -> None:
+    preprocess = Preprocess(image_size=384, background=MAGENTA, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert Preprocess.from_json(preprocess.to_json()) == preprocess
+    preprocess.save(tmp_path / "preprocess.json")
+    assert Preprocess.load(tmp_path / "preprocess.json") == preprocess
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": None}, "format_version None"),
+        ({"image_size": "448"}, "image_size"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"mean": [0.5, 0.5]}, "mean"),
+        ({"std": [0.5, 0.5, 0.0]}, "std"),
+        ({"background": [0, 0, 256]}, "background"),
+        ({"interpolation": "lanczos"}, "lanczos"),
+        ({"fit": "stretch"}, "stretch"),
+    ],
+)
+def test_a_specification_that_cannot_be_followed_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        Preprocess.from_json(Preprocess(image_size=32).to_json() | change)
+
+
+def test_a_refused_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "preprocess.json"
+    Preprocess(image_size=32).save(path)
+    path.write_text(path.read_text().replace("bicubic", "nearest"))
+    with pytest.raises(FormatError, match=r"preprocess\.json.*nearest"):
+        Preprocess.load(path)
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Preprocess(image_size=32).image_size = 64  # type: ignore[misc]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
+def test_a_loader_thread_starts_no_team_of_its_own() -> None:
+    image, preprocess = picture(700, 900), Preprocess(image_size=448)
+    square = np.empty((3, 448, 448), np.uint8)
+    found: list[int] = []
+
+    def work() -> None:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        preprocess.apply_into(image, square, mirror=True)
+        found.append(len(list(Path("/proc/self/task").iterdir())) - before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [0]

@@ -1,0 +1,132 @@
+"""The driver behind the training launchers: exit codes, signals and paths come through unchanged."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from Configuration_System import FullConfig
+from scripts import start_training
+from scripts.start_training import CALLED_FROM, Step, from_callers_folder, main, wants_demo_data
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 130, 143])
+def test_the_exit_code_of_a_step_is_its_own(code: int) -> None:
+    assert Step([sys.executable, "-c", f"raise SystemExit({code})"]).run() == code
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process ends by a signal there")
+def test_a_step_ended_by_a_signal_gives_128_and_its_number() -> None:
+    assert Step([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]).run() == 128 + 9
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are not passed on there")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_child_answers_a_signal_and_the_driver_returns_its_code(tmp_path: Path, number: int) -> None:
+    ready = tmp_path / "ready"
+    child = (
+        "import signal, sys, time; from pathlib import Path; "
+        f"signal.signal({int(number)}, lambda n, f: sys.exit(128 + n)); Path({str(ready)!r}).touch(); time.sleep(30)"
+    )
+    driver = (
+        f"import sys; from scripts.start_training import Step; sys.exit(Step([sys.executable, '-c', {child!r}]).run())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    finally:
+        process.kill()
+
+
+def test_handlers_are_put_back_after_a_step() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    Step([sys.executable, "-c", ""]).run()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_paths_are_meant_from_where_the_caller_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").touch()
+    monkeypatch.setenv(CALLED_FROM, str(tmp_path))
+    assert from_callers_folder("mine.yaml") == str(tmp_path / "mine.yaml")
+    assert from_callers_folder("configs/demo.yaml") == "configs/demo.yaml"
+
+
+def test_demo_data_is_made_for_whoever_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = FullConfig()
+    assert not wants_demo_data(config)
+    config.data.roots = ["data/demo"]
+    assert wants_demo_data(config)
+    config.data.roots = [str(ROOT / "data" / "demo"), "elsewhere"]
+    assert wants_demo_data(config)
+    config.data.roots = ["data/demo2"]
+    assert not wants_demo_data(config)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The steps that would run, each of which succeeds."""
+    seen: list[list[str]] = []
+
+    def run(step: Step) -> int:
+        seen.append(list(step._command[1:]))
+        return 0
+
+    monkeypatch.setattr(start_training.Step, "run", run)
+    return seen
+
+
+def recipe(folder: Path) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(f"run: {{output_dir: {folder}/runs}}\ndata: {{roots: [{folder}]}}\n")
+    return str(path)
+
+
+def test_steps_follow_each_other_with_the_callers_words(tmp_path: Path, commands: list[list[str]]) -> None:
+    config = recipe(tmp_path)
+    words = ["--config", config, "--resume", "latest", "training.num_epochs=2"]
+    assert main(words) == 0
+    run = f"{tmp_path}/runs/mine"
+    assert commands == [
+        ["train_direct.py", "--config", config, "--resume", "latest", "training.num_epochs=2"],
+        ["validation_loop.py", "--run", run],
+        ["-m", "scripts.report_run", run],
+    ]
+
+
+def test_a_named_run_is_reported_and_validate_only_stops_early(tmp_path: Path, commands: list[list[str]]) -> None:
+    config = recipe(tmp_path)
+    assert main(["--config", config, "run.name=other"]) == 0
+    assert commands[-1][-1] == f"{tmp_path}/runs/other"
+    commands.clear()
+    assert main(["run.name=other", "--validate-only", "--config", config]) == 0
+    assert commands == [["train_direct.py", "--config", config, "--validate-only", "run.name=other"]]
+
+
+def test_the_first_failing_step_is_the_last(
+    tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_training.Step, "run", lambda step: commands.append(list(step._command)) or 130)
+    assert main(["--config", recipe(tmp_path)]) == 130
+    assert len(commands) == 1
+
+
+def test_bad_settings_are_one_line_before_any_step(
+    tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", recipe(tmp_path), "training.num_epoch=2"]) == 2
+    assert main(["--config", str(tmp_path / "absent.yaml")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "training.num_epochs" in errors[0]
+    assert commands == []

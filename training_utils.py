@@ -1,0 +1,489 @@
+"""What the loop stands on: seeds, precision, optimizers, early stopping, the state of a run and its checkpoints.
+
+Resuming is exact: `TrainState` names everything that the next step depends on, and `CheckpointManager` writes it
+without holding up training. Refuses checkpoints that are broken or belong to another vocabulary, model or optimizer.
+"""
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from Configuration_System import OptimizerSection, TrainingSection
+from tagger.checkpoint.format import (
+    CheckpointError,
+    Json,
+    LoadedCheckpoint,
+    Tensors,
+    encode_state,
+    read_manifest,
+    read_part,
+)
+from tagger.checkpoint.snapshot import HostSnapshot, SnapshotPool, capture_random_state, restore_random_state
+from tagger.checkpoint.store import BestRecord, CheckpointStore, higher_is_better, is_better
+from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointWriteError
+from tagger.compilation import CompileMode, compile_blocks
+from tagger.devices import PrecisionMode, autocast_dtype, resolve_device
+from tagger.ema import ExponentialMovingAverage
+from tagger.errors import InputError
+from tagger.module_state import clean_name, load_tensors, named_tensors
+from tagger.optim import (
+    AdamW,
+    DeviceSkipping,
+    Group,
+    Muon,
+    MuonAdamW,
+    load_optimizer,
+    optimizer_settings,
+    optimizer_tensors,
+    parameter_names,
+)
+from tagger.registry import Registry
+
+__all__ = [
+    "OPTIMIZERS",
+    "AsyncCheckpointWriter",
+    "CheckpointError",
+    "CheckpointManager",
+    "CheckpointWriteError",
+    "EarlyStopping",
+    "ExponentialMovingAverage",
+    "MixedPrecisionTrainer",
+    "TrainState",
+    "Weights",
+    "accumulation_window",
+    "compile_model",
+    "create_optimizer",
+    "load_weights",
+    "parameter_groups",
+    "resolve_device",
+    "seed_everything",
+]
+
+logger = logging.getLogger(__name__)
+
+# GradScaler's defaults: first scale, and good steps before it doubles.
+_FIRST_SCALE = 65536.0
+_GROWTH_STEPS = 2000
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class MixedPrecisionTrainer:
+    """The dtype of the forward pass, and updates that a gradient which is not finite cannot spoil.
+
+    `auto` is bfloat16 on CUDA and float32 elsewhere. A bad update is left out on the device, without the host waiting
+    for it (where the optimizer can, see `DeviceSkipping`), and counted in `nonfinite_steps`, an int64 scalar on the
+    device to be read at log steps. With `fp16` the loss is scaled as torch's GradScaler does it; an update lost while
+    the scale is above 1 is the scale finding its place and is not counted.
+    """
+
+    def __init__(self, mode: PrecisionMode, device: torch.device) -> None:
+        self.device = device
+        self.dtype = autocast_dtype(mode, device)
+        self.nonfinite_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._scale = torch.tensor(_FIRST_SCALE if self.dtype is torch.float16 else 1.0, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Context of the forward pass and the loss."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a scalar."""
+        (loss * self._scale if self.dtype is torch.float16 else loss).backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def step(self, optimizer: Optimizer, parameters: Sequence[Tensor], clip_grad_norm: float | None) -> Tensor:
+        """Update with the accumulated gradients, scaled down to the norm `clip_grad_norm` where they exceed it.
+
+        Returns the norm before clipping, a float32 scalar on the device. Gradients are not cleared, and their values
+        afterwards are unspecified.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = get_total_norm(gradients).float() / self._scale
+        bad = ~torch.isfinite(norm)
+        divisor = self._scale
+        if clip_grad_norm is not None:
+            divisor = divisor * ((norm + 1e-6) / clip_grad_norm).clamp(min=1.0)
+        if isinstance(optimizer, DeviceSkipping) and optimizer.skips_on_device:
+            optimizer.grad_scale, optimizer.found_inf = divisor, bad.float()
+            optimizer.step()
+        elif not bool(bad):
+            torch._foreach_div_(gradients, divisor)
+            optimizer.step()
+        self.nonfinite_steps += bad & (self._scale <= 1.0)
+        if self.dtype is torch.float16:
+            self._adapt_scale(bad)
+        return norm
+
+    def _adapt_scale(self, bad: Tensor) -> None:
+        grown = self._good_steps + 1 >= _GROWTH_STEPS
+        factor = torch.where(bad, 0.5, torch.where(grown, 2.0, 1.0))
+        self._good_steps = torch.where(bad | grown, 0, self._good_steps + 1)
+        self._scale = self._scale * factor
+
+    def state_dict(self) -> dict[str, Json]:
+        """As JSON values. Waits for the device."""
+        return {
+            "dtype": str(self.dtype),
+            "scale": float(self._scale),
+            "good_steps": int(self._good_steps),
+            "nonfinite_steps": int(self.nonfinite_steps),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Go on with the loss scale and the count. A change of dtype is logged, and the scale then starts afresh."""
+        values = cast(Mapping[str, Any], state)
+        self.nonfinite_steps.fill_(values["nonfinite_steps"])
+        if values["dtype"] != str(self.dtype):
+            logger.warning("precision: the checkpoint was trained with %s, now %s", values["dtype"], self.dtype)
+            return
+        self._scale.fill_(values["scale"])
+        self._good_steps.fill_(values["good_steps"])
+
+
+class AccumulationWindow(NamedTuple):
+    """A batch's place in its accumulation window: its share of the window's images, and whether it is the last one."""
+
+    share: float
+    closes: bool
+
+
+def accumulation_window(batch: int, num_images: int, batch_size: int, accumulation_steps: int) -> AccumulationWindow:
+    """The window of batch number `batch` (from 0) of an epoch of `num_images` in batches of `batch_size`.
+
+    A mean loss times `share`, summed over the window, is the mean over all its images: also in the last window of an
+    epoch, which has fewer batches, and with the last batch, which has fewer images.
+    """
+    window_images = batch_size * accumulation_steps
+    start = batch * batch_size
+    window_start = start - start % window_images
+    window_end = min(window_start + window_images, num_images)
+    end = min(start + batch_size, num_images)
+    assert 0 <= start < end, f"batch {batch} is past the {num_images} images of the epoch"
+    return AccumulationWindow((end - start) / (window_end - window_start), end == window_end)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
+    """Trainable parameters in two groups: weights of linear maps and convolutions decay, everything else does not.
+
+    What stays without decay: norms, biases, layer scale, position embeddings, class tokens.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if _decays(name, p)]
+    others = [p for name, p in named if not _decays(name, p)]
+    groups: list[Group] = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and clean_name(name).endswith("weight")
+
+
+OptimizerFactory: TypeAlias = Callable[[OptimizerSection, nn.Module], Optimizer]
+OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
+
+
+def create_optimizer(section: OptimizerSection, model: nn.Module) -> Optimizer:
+    """The optimizer of a recipe for a model that is on its device already; every group has its `initial_lr`."""
+    optimizer = OPTIMIZERS.get(section.name)(section, model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+@OPTIMIZERS.register("adamw")
+def _adamw(section: OptimizerSection, model: nn.Module) -> AdamW:
+    return _adamw_of(section, parameter_groups(model, section.weight_decay))
+
+
+@OPTIMIZERS.register("muon")
+def _muon(section: OptimizerSection, model: nn.Module) -> MuonAdamW:
+    """Muon for the matrices of the blocks; stem, embeddings, norms, biases and head are AdamW's (Jordan 2024).
+
+    Scaling "original": `optimizer.muon_learning_rate` is the size of the step in spectral norm, which suits any width.
+    """
+    matrices = [
+        p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "blocks." in clean_name(name)
+    ]
+    if not matrices:
+        raise InputError("optimizer.name=muon, but this model has no 2-D weights in `blocks`; use optimizer.name=adamw")
+    taken = {id(p) for p in matrices}
+    groups = [
+        {**group, "params": rest}
+        for group in parameter_groups(model, section.weight_decay)
+        if (rest := [p for p in group["params"] if id(p) not in taken])
+    ]
+    muon = Muon(matrices, lr=section.muon_learning_rate, weight_decay=section.weight_decay, adjust_lr_fn="original")
+    return MuonAdamW(muon, _adamw_of(section, groups))
+
+
+def _adamw_of(section: OptimizerSection, groups: list[Group]) -> AdamW:
+    betas = (section.betas[0], section.betas[1])
+    return AdamW(groups, lr=section.learning_rate, betas=betas, eps=section.eps)
+
+
+def compile_model(model: nn.Module, mode: CompileMode, device: torch.device) -> bool:
+    """Compile `model.blocks` one by one, in place, as `training.compile` asks; returns whether they are compiled.
+
+    A block compiles in a fraction of the time of the whole, since equal blocks share the result.
+    """
+    blocks = model.get_submodule("blocks").children() if "blocks" in dict(model.named_children()) else ()
+    return compile_blocks(model, blocks, mode, device)
+
+
+class EarlyStopping:
+    """Ends a run whose metric has not improved by more than `min_delta` in `patience` checks."""
+
+    def __init__(
+        self, patience: int, min_delta: float = 0.0, higher_is_better: bool = True, *, metric: str | None = None
+    ) -> None:
+        if patience < 1 or min_delta < 0:
+            raise ValueError(f"patience={patience} and min_delta={min_delta} must be at least 1 and 0")
+        self.patience = patience
+        self.min_delta = min_delta
+        self.higher_is_better = higher_is_better
+        self.metric = metric
+        self.best: float | None = None
+        self.bad_checks = 0
+
+    @classmethod
+    def from_config(cls, section: TrainingSection, metric: str) -> "EarlyStopping | None":
+        """As the recipe asks for `metric`; None where it is off."""
+        if section.early_stopping_patience is None:
+            return None
+        delta = section.early_stopping_min_delta
+        return cls(section.early_stopping_patience, delta, higher_is_better(metric), metric=metric)
+
+    def update(self, value: float) -> bool:
+        """Take in a check; True when it is time to stop. A value that is not finite is no improvement."""
+        if is_better(value, self.best, higher=self.higher_is_better, min_delta=self.min_delta):
+            self.best, self.bad_checks = value, 0
+        else:
+            self.bad_checks += 1
+        return self.bad_checks >= self.patience
+
+    def state_dict(self) -> dict[str, Json]:
+        """As JSON values."""
+        return {"metric": self.metric, "best": self.best, "bad_checks": self.bad_checks}
+
+    def load_state_dict(self, state: Mapping[str, Json]) -> None:
+        """Go on counting, unless what was counted is another metric."""
+        values = cast(Mapping[str, Any], state)
+        if values["metric"] != self.metric:
+            logger.warning("early stopping: now %s instead of %s; it starts afresh", self.metric, values["metric"])
+            return
+        self.best, self.bad_checks = values["best"], values["bad_checks"]
+
+
+@dataclass
+class TrainState:
+    """Everything that the next step depends on, named once. `step` counts optimizer updates, `seconds` training time.
+
+    `position` is the loader's, after the last batch used; `extra` holds JSON values of the caller's own.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    precision: MixedPrecisionTrainer
+    ema: ExponentialMovingAverage | None = None
+    early_stopping: EarlyStopping | None = None
+    step: int = 0
+    epoch: int = 0
+    position: dict[str, int] | None = None
+    samples_seen: int = 0
+    seconds: float = 0.0
+    extra: dict[str, Json] = field(default_factory=dict)
+
+    def snapshot_parts(self) -> tuple[dict[str, Tensors], dict[str, Json]]:
+        """The state at a step boundary: live tensors by part and name (not copies), and the rest as JSON values."""
+        names = parameter_names(self.model)
+        random_tensors, random_numbers = capture_random_state(self.precision.device)
+        tensors: dict[str, Tensors] = {
+            "model": named_tensors(self.model),
+            "optimizer": optimizer_tensors(self.optimizer, names),
+            "rng": random_tensors,
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        values: dict[str, Json] = {name: getattr(self, name) for name in _COUNTERS}
+        values["optimizer"] = optimizer_settings(self.optimizer, names)
+        values["precision"] = self.precision.state_dict()
+        values["random"] = random_numbers
+        values["ema_updates"] = None if self.ema is None else self.ema.num_updates
+        values["early_stopping"] = None if self.early_stopping is None else self.early_stopping.state_dict()
+        return tensors, values
+
+    def restore(self, loaded: LoadedCheckpoint) -> None:
+        """Become the state that was saved, in place: what follows is what would have followed.
+
+        Settings stay this run's own. Raises InputError where the checkpoint is of another model or optimizer.
+        """
+        values = cast(Mapping[str, Any], loaded.state)
+        missing = [name for name in (*_COUNTERS, *_VALUES) if name not in values]
+        if missing or values["step"] != loaded.step:
+            what = f"lacks {missing[0]}" if missing else "is of another step than its manifest"
+            raise CheckpointError(f"checkpoint {loaded.path}: state.json {what}; it was not written by this program")
+        load_tensors(named_tensors(self.model), loaded.tensors["model"], f"{loaded.path}: the weights")
+        optimizer_state = loaded.tensors.get("optimizer", {})
+        load_optimizer(self.optimizer, parameter_names(self.model), optimizer_state, values["optimizer"])
+        self._restore_ema(loaded, values["ema_updates"])
+        if self.early_stopping is not None and values["early_stopping"] is not None:
+            self.early_stopping.load_state_dict(values["early_stopping"])
+        self.precision.load_state_dict(values["precision"])
+        for name in _COUNTERS:
+            setattr(self, name, values[name])
+        # Last, since nothing may draw from the generators between here and the next step.
+        absent = restore_random_state(loaded.tensors.get("rng", {}), values["random"], self.precision.device)
+        if absent:
+            logger.warning("another kind of device (%s): random numbers differ from here on", ", ".join(absent))
+
+    def _restore_ema(self, loaded: LoadedCheckpoint, num_updates: int | None) -> None:
+        saved = loaded.tensors.get("ema")
+        if self.ema is None:
+            if saved is not None:
+                logger.warning("EMA is off now; the average in %s is not used", loaded.path)
+        elif saved is None or num_updates is None:
+            logger.warning("%s holds no EMA; the average starts from its weights", loaded.path)
+            self.ema.reset()
+        else:
+            self.ema.load_state_dict(saved, num_updates)
+
+
+_COUNTERS = ("step", "epoch", "position", "samples_seen", "seconds", "extra")
+_VALUES = ("optimizer", "precision", "random", "ema_updates", "early_stopping")
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A snapshot on its way to the disk; `value` is the metric of one that became the best when it was taken."""
+
+    step: int
+    snapshot: HostSnapshot
+    state: bytes
+    value: float | None
+
+
+class CheckpointManager:
+    """A run's checkpoints: saved in the background, verified, the newest `keep_last` and the best one kept.
+
+    One at a time for a folder (the run's lock sees to that); others read with `tagger.checkpoint.store`. `best_metric`
+    is the name under which `save` is given the value that decides; names ending in "loss" are better lower.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        best_metric: str,
+        *,
+        vocabulary_sha256: str | None = None,
+        config_sha256: str | None = None,
+    ) -> None:
+        self._store = CheckpointStore(folder, keep_last, best_metric, vocabulary_sha256, config_sha256)
+        self._best_value = None if self._store.best is None else self._store.best.value
+        self._pool = SnapshotPool()
+        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(self._write, self._release)
+
+    @property
+    def best(self) -> BestRecord | None:
+        """The best checkpoint on disk by `best_metric`."""
+        return self._store.best
+
+    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None, *, wait: bool = False) -> None:
+        """Save at a step boundary; returns when the state is copied, with `wait` when it is on disk.
+
+        The checkpoint also becomes the best one if `metrics` holds `best_metric` and it is better. Raises the error of
+        an earlier save (CheckpointWriteError) when this one is under way.
+        """
+        tensors, values = state.snapshot_parts()
+        encoded = encode_state(values)
+        value = None if metrics is None else metrics.get(self._store.best_metric)
+        if value is not None and self._store.is_better(value, self._best_value):
+            self._best_value = value
+        else:
+            value = None
+        save = _Save(state.step, self._pool.capture(tensors), encoded, value)
+        try:
+            self._writer.submit(save, frozenset({"last"} if value is None else {"last", "best"}))
+        finally:
+            if wait:
+                self._writer.flush()
+
+    def _write(self, save: _Save) -> None:
+        try:
+            self._store.commit(save.step, save.snapshot.tensors, save.state, save.value)
+        except BaseException:
+            # What did not reach the disk must not stand in the way of the next best one.
+            self._best_value = None if self._store.best is None else self._store.best.value
+            raise
+        finally:
+            self._release(save)
+
+    def _release(self, save: _Save) -> None:
+        self._pool.release(save.snapshot)
+
+    def load(self, which: str = "latest") -> LoadedCheckpoint | None:
+        """Load "latest", "best" or the checkpoint at a path, verified; None where there is none yet.
+
+        Saves under way are waited for. In place of a broken one the newest good one is loaded, with a warning. Raises
+        CheckpointError where none is usable, or where it belongs to another vocabulary.
+        """
+        self._writer.flush()
+        return self._store.load(which)
+
+    def check(self) -> None:
+        """Raise CheckpointWriteError if a save has failed since the last call; cheap enough for every step."""
+        self._writer.check()
+
+    def lag_s(self) -> float:
+        """Seconds since the oldest save that is not on disk yet; 0 when all are."""
+        return self._writer.lag_s()
+
+    def close(self) -> None:
+        """Wait until every save is on disk, however long it takes; raises CheckpointWriteError if one failed."""
+        self._writer.close()
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Weights(NamedTuple):
+    """Weights of a checkpoint under the names of the model's state dict; `kind` is "EMA" or "online"."""
+
+    tensors: Tensors
+    vocabulary_sha256: str | None
+    kind: Literal["EMA", "online"]
+
+
+def load_weights(checkpoint: Path, *, prefer_ema: bool = True) -> Weights:
+    """The weights alone of the checkpoint folder `checkpoint`, verified; the averaged ones where they are kept."""
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is not a checkpoint folder, such as runs/demo/checkpoints/step-000001000")
+    has_ema = "ema.safetensors" in read_manifest(checkpoint).files
+    part: Literal["ema", "model"] = "ema" if prefer_ema and has_ema else "model"
+    manifest, tensors = read_part(checkpoint, part)
+    return Weights(tensors, manifest.vocabulary_sha256, "EMA" if part == "ema" else "online")

@@ -1,0 +1,247 @@
+"""Validation: the one path from a model and held-out images to scores, for the trainer and for this command.
+
+Refuses a run without weights, and weights that do not belong to the run's vocabulary.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from Configuration_System import FullConfig, check_paths, load_config
+from dataset_loader import create_dataloaders
+from evaluation_metrics import MetricComputer, MetricResult
+from loss_functions import MultiTaskLoss, TagLoss, create_loss
+from model_architecture import SimplifiedTagger, create_model
+from tagger.artifact import load_artifact
+from tagger.batch import Batch
+from tagger.errors import InputError
+from tagger.files import write_json
+from tagger.logs import log_to_console
+from tagger.preprocess import Preprocess
+from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
+from vocabulary import TagVocabulary
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+Criterion = TagLoss | MultiTaskLoss
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The first validation images: uint8 [N, 3, H, W], logits [N, C] float32, tag indices per image; on the CPU."""
+
+    images: Tensor
+    logits: Tensor
+    tags: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over the held-out images gives; `scalars` are the values that are logged."""
+
+    scalars: Mapping[str, float]
+    metrics: MetricResult
+    samples: Samples
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Batch, object]],
+    criterion: Criterion,
+    precision: MixedPrecisionTrainer,
+    device: torch.device,
+    *,
+    num_tags: int,
+    threshold: float,
+    num_samples: int = 0,
+) -> Evaluation:
+    """Score `model` on every batch of `loader`; the model's training mode is put back afterwards.
+
+    `val/loss` is the criterion summed over tags, averaged over images. Raises ValueError when a logit is NaN.
+    """
+    computer = MetricComputer(num_tags, threshold)
+    total = torch.zeros((), dtype=torch.float64)
+    collected: list[tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]] = []
+    num_collected = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for host, _ in loader:
+                batch = host.to(device, non_blocking=True)
+                with precision.autocast():
+                    logits = model(batch.images, batch.valid_sizes)
+                loss = criterion(logits, batch.tag_indices, batch.tag_offsets)
+                computer.update(logits.float(), batch.tag_indices, batch.tag_offsets)
+                total += loss.double().cpu()
+                if num_collected < num_samples:
+                    wanted = min(num_samples - num_collected, len(host))
+                    collected.append(
+                        (host.images[:wanted].clone(), logits[:wanted].float().cpu(), host.tag_lists(wanted))
+                    )
+                    num_collected += wanted
+    finally:
+        model.train(was_training)
+    metrics = computer.compute()
+    scalars = {
+        "val/mAP": metrics["mAP"],
+        "val/f1_macro": metrics["f1_macro"],
+        "val/f1_micro": metrics["f1_micro"],
+        "val/loss": float(total) / metrics["num_images"],
+    }
+    return Evaluation(scalars, metrics, _join_samples(collected))
+
+
+def _join_samples(collected: list[tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]]) -> Samples:
+    if not collected:
+        return Samples(torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, 0), ())
+    images, logits, tags = zip(*collected, strict=True)
+    return Samples(torch.cat(images), torch.cat(logits), tuple(row for rows in tags for row in rows))
+
+
+def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:
+    """The configured loss, summed over tags and images; raises ConfigError for an ignored tag that is not there."""
+    return create_loss(
+        config.loss,
+        rating_indices=vocabulary.rating_indices,
+        tag_counts=torch.tensor(vocabulary.counts),
+        ignored_tags=[vocabulary.index(tag) for tag in config.loss.ignored_tags],
+        reduction="sum",
+    )
+
+
+def new_model(
+    config: FullConfig, vocabulary: TagVocabulary, preprocess: Preprocess, tag_shares: Tensor | None = None
+) -> SimplifiedTagger:
+    """A model with fresh weights that fits the vocabulary and the loaders' images; see `create_model`."""
+    return create_model(
+        config.model,
+        len(vocabulary),
+        preprocess.image_size,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        tag_priors=tag_shares,
+    )
+
+
+def report(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> dict[str, object]:
+    """The content of `evaluation.json`: the scalars, what each average covers, and every tag's average precision."""
+    counts = {k: v for k, v in evaluation.metrics.items() if k.startswith("num_")}
+    precision = evaluation.metrics["average_precision"].tolist()
+    tags = [
+        {"name": tag, "average_precision": None if np.isnan(ap) else ap}
+        for tag, ap in zip(vocabulary.tags, precision, strict=True)
+    ]
+    return {
+        "format_version": FORMAT_VERSION,
+        "weights": weights,
+        "vocabulary_sha256": vocabulary.sha256,
+        "threshold": evaluation.metrics["threshold"],
+        **evaluation.scalars,
+        **counts,
+        "tags": tags,
+    }
+
+
+def as_table(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> Table:
+    """The scores with what each one covers, and the weakest tags."""
+    metrics, scalars = evaluation.metrics, evaluation.scalars
+    table = Table("score", "value", "covers", title=f"{weights} on {metrics['num_images']} held-out images")
+    table.add_row("val/mAP", f"{scalars['val/mAP']:.4f}", f"{metrics['num_tags_with_positives']} tags with a positive")
+    left_out = (
+        f"{metrics['num_tags_in_f1_macro']} tags ({metrics['num_tags_left_out_of_f1_macro']} never seen, left out)"
+    )
+    at = f"at threshold {metrics['threshold']:g}"
+    table.add_row("val/f1_macro", f"{scalars['val/f1_macro']:.4f}", f"{left_out}, {at}")
+    table.add_row("val/f1_micro", f"{scalars['val/f1_micro']:.4f}", f"all decisions, {at}")
+    table.add_row("val/loss", f"{scalars['val/loss']:.4f}", "sum over tags, mean over images")
+    precision = metrics["average_precision"].numpy()
+    weakest = [i for i in np.argsort(precision, kind="stable") if not np.isnan(precision[i])][:5]
+    for index in weakest:
+        table.add_row("weakest tag", f"{precision[index]:.4f}", vocabulary.tag(int(index)))
+    return table
+
+
+def evaluate_weights(config: FullConfig, run: Path, checkpoint: Path | None, use_ema: bool) -> tuple[Evaluation, str]:
+    """Score a checkpoint of a run, or the run's model where `checkpoint` is None, and name what was scored."""
+    vocabulary = TagVocabulary.load(run / "vocabulary.json")
+    found: str | None
+    tensors: Mapping[str, Tensor]
+    device = resolve_device(config.training.device)
+    if checkpoint is None:
+        artifact = load_artifact(run / "model")
+        found, tensors, name = artifact.vocabulary_sha256, artifact.weights, str(run / "model")
+    else:
+        weights = load_weights(checkpoint, prefer_ema=use_ema)
+        found, tensors, name = weights.vocabulary_sha256, weights.tensors, f"{checkpoint} ({weights.kind} weights)"
+    if found != vocabulary.sha256:
+        raise InputError(f"{name} is of another vocabulary than {run / 'vocabulary.json'}; they do not belong together")
+    _, validation = create_dataloaders(config, vocabulary)
+    model = new_model(config, vocabulary, validation.preprocess)
+    model.load_state_dict(tensors)
+    evaluation = evaluate(
+        model.to(device),
+        validation,
+        build_criterion(config, vocabulary).to(device),
+        MixedPrecisionTrainer(config.training.mixed_precision, device),
+        device,
+        num_tags=len(vocabulary),
+        threshold=config.validation.threshold,
+    )
+    return evaluation, name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Score a trained model on the held-out images of its run.",
+        epilog="example: python validation_loop.py --run runs/demo",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="DIR", help="a run folder; its model/ is scored")
+    source.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="a checkpoint, e.g. runs/demo/checkpoints/step-000000900"
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "online"), default="ema", help="of a checkpoint (default: ema where kept)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the JSON goes (default: evaluation.json in the run)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.roots=[/moved/images]")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: prints a table, writes JSON; 0 done, 2 bad input, 1 anything else."""
+    options = _parser().parse_intermixed_args(arguments)
+    log_to_console(logging.WARNING)
+    run: Path = options.run if options.run is not None else options.checkpoint.resolve().parent.parent
+    try:
+        if not (run / "config.yaml").is_file():
+            raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
+        config = load_config(run / "config.yaml", options.overrides, environment={})
+        check_paths(config)
+        evaluation, name = evaluate_weights(config, run, options.checkpoint, options.weights == "ema")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    vocabulary = TagVocabulary.load(run / "vocabulary.json")
+    output = options.output or run / "evaluation.json"
+    write_json(output, report(evaluation, vocabulary, name))
+    Console().print(as_table(evaluation, vocabulary, name))
+    print(f"every tag's average precision: {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
