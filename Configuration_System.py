@@ -416,6 +416,8 @@ def check_paths(config: FullConfig) -> None:
 
 def changed_settings(saved: Path, config: FullConfig) -> list[str]:
     """What differs from a run's saved configuration, as "section.key: old -> new", the resume setting aside."""
+    if not saved.exists():
+        return []
     before, now = flat_values(load_config(saved, environment={})), flat_values(config)
     keys = [key for key in {**before, **now} if key != "checkpoint.resume"]
     return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]

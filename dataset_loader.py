@@ -92,7 +92,9 @@ class SidecarJsonDataset(_IndexedImages):
         index: MetadataIndex | None = None,
     ) -> None:
         """`index`, an open index of these roots, saves looking at every file again."""
-        super().__init__(index or open_index(roots, Path(index_dir), extra_fields=extra_fields), vocabulary)
+        if index is None:
+            index = open_index(roots, Path(index_dir), extra_fields=extra_fields)
+        super().__init__(index, vocabulary)
 
 
 class DatasetLoader(_IndexedImages):
@@ -109,10 +111,10 @@ class DatasetLoader(_IndexedImages):
         index: MetadataIndex | None = None,
     ) -> None:
         """`index`, an open index of this file and folder, saves reading them again."""
-        found = index or open_index(
-            [image_root], Path(index_dir), extra_fields=extra_fields, annotations=Path(annotations)
-        )
-        super().__init__(found, vocabulary)
+        if index is None:
+            path = Path(annotations)
+            index = open_index([image_root], Path(index_dir), extra_fields=extra_fields, annotations=path)
+        super().__init__(index, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Mirroring:
 class LoadOptions:
     """How a loader prepares images.
 
-    max_pixels: cap of width x height, checked before decoding. num_threads: decoding threads.
+    max_pixels: cap of width x height, checked before decoding. num_threads: decoding threads (None: by the machine).
     prefetch_batches: batches prepared ahead; each takes 3 * image_size ** 2 bytes an image.
     """
 
@@ -150,6 +152,7 @@ class LoadOptions:
 
     @classmethod
     def from_config(cls, section: DataSection) -> "LoadOptions":
+        """The configured options; training, validation and the saved model share their `preprocess`."""
         red, green, blue = section.background
         return cls(
             Preprocess(image_size=section.image_size, background=(red, green, blue)),
@@ -468,7 +471,7 @@ def create_dataloaders(
     Raises InputError for a data set or a split that cannot be used.
     """
     data = config.data
-    index = index or open_dataset(data)
+    index = index if index is not None else open_dataset(data)
     dataset = (
         SidecarJsonDataset(data.roots, vocabulary, index=index)
         if data.annotations is None

@@ -7,7 +7,6 @@ else (the traceback is in train.log), 130/143 stopped by a signal with a checkpo
 import argparse
 import contextlib
 import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from Configuration_System import FullConfig, changed_settings, check_paths, load_config
-from dataset_loader import DataLoader, create_dataloaders, open_dataset
+from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
 from schedulers import Schedule, apply, create_scheduler
@@ -28,7 +27,7 @@ from tagger.cadence import due
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.windows import Window, accumulation_windows, windows_left
-from tagger.errors import InputError
+from tagger.errors import DivergedError, InputError, RunFailedError
 from tagger.logs import log_to_console
 from tagger.meter import TrainingMeter
 from tagger.rng import mix
@@ -46,18 +45,10 @@ from training_utils import (
     resolve_device,
     seed_everything,
 )
-from validation_loop import Criterion, Evaluation, build_criterion, evaluate, new_model
-from vocabulary import TagVocabulary, configured_vocabulary, tag_shares
+from validation_loop import Criterion, Evaluation, build_criterion, evaluate, open_data_and_model
+from vocabulary import TagVocabulary
 
 logger = logging.getLogger(__name__)
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number; the last checkpoint is from before."""
-
-
-class RunFailedError(RuntimeError):
-    """A run that ended badly and has said why; its traceback is in train.log."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +138,11 @@ def train(parts: Parts) -> None:
         state.epoch, state.position = window.epoch, dict(window.position)
         state.samples_seen += window.num_images
         state.seconds = time.perf_counter() - started
-        meter.add(loss, grad_norm, window.num_images, waited_s)
+        meter.add(loss, grad_norm, window.num_images, waited_s, seconds=time.perf_counter() - asked)
 
         if due(state.step, config.monitor.log_every_steps):
-            scalars = meter.read(state.optimizer.param_groups[0]["lr"])
-            if not math.isfinite(scalars["train/loss"]):
-                raise DivergedError(
-                    f"train/loss is {scalars['train/loss']} at step {state.step}; lower the learning rate"
-                )
+            learning_rate = config.optimizer.learning_rate * parts.schedule.factor(state.step - 1)
+            scalars = meter.read(state.step, learning_rate, state.precision.nonfinite_steps)
             monitor.log(scalars, state.step, window.epoch)
         monitor.advance(state.step)
 
@@ -214,21 +202,6 @@ def write_model(parts: Parts) -> None:
         },
     )
     logger.info("model/ holds the %s weights of step %d: %s %.4f", weights.kind, best.step, best.metric, best.value)
-
-
-def open_data_and_model(
-    config: FullConfig, known_vocabulary: Path
-) -> tuple[TagVocabulary, DataLoader, DataLoader, SimplifiedTagger]:
-    """The run's own vocabulary where it has one, the loaders, and a new model that starts from the tags' shares."""
-    index = open_dataset(config.data)
-    if known_vocabulary.exists():
-        vocabulary = TagVocabulary.load(known_vocabulary)
-    else:
-        vocabulary = configured_vocabulary(config.vocabulary, index)
-    train_loader, validation_loader = create_dataloaders(config, vocabulary, index)
-    shares = torch.from_numpy(tag_shares(index, vocabulary)).float()
-    model = new_model(config, vocabulary, train_loader.preprocess, shares)
-    return vocabulary, train_loader, validation_loader, model
 
 
 def check(config: FullConfig) -> str:
@@ -306,9 +279,8 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
 
 def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, state: TrainState) -> bool:
     """Put the run's state back, saying from where and what has changed since; False where there is no checkpoint."""
-    if folder.config_path.exists():
-        for change in changed_settings(folder.config_path, config):
-            logger.warning("changed since this run last started: %s", change)
+    for change in changed_settings(folder.config_path, config):
+        logger.warning("changed since this run last started: %s", change)
     loaded = manager.load(config.checkpoint.resume)
     if loaded is None:
         logger.warning("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)
@@ -326,20 +298,21 @@ def run(config: FullConfig) -> int:
         except InputError:
             folder.discard_if_new()
             raise
+        write_results(parts, "running")
         status: Status = "failed"
         reason: str | None = None
-        write_results(parts, "running")
         try:
-            train(parts)
-            parts.manager.close()
+            with parts.monitor, parts.manager:
+                train(parts)
             write_model(parts)
             status = "stopped" if stop.requested else "completed"
         except Exception as error:
             status, reason = "diverged" if isinstance(error, DivergedError) else "failed", str(error)
             logger.exception("%s: %s", type(error).__name__, error)
+            if isinstance(error, InputError):
+                raise
             raise RunFailedError(reason) from error
         finally:
-            parts.monitor.close()
             write_results(parts, status, reason)
     return stop.exit_code if stop.requested else 0
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from Configuration_System import FullConfig, check_paths, load_config
-from dataset_loader import create_dataloaders
+from dataset_loader import DataLoader, create_dataloaders, open_dataset
 from evaluation_metrics import MetricComputer, MetricResult
 from loss_functions import MultiTaskLoss, TagLoss, create_loss
 from model_architecture import SimplifiedTagger, create_model
@@ -26,9 +26,8 @@ from tagger.batch import Batch
 from tagger.errors import InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
-from tagger.preprocess import Preprocess
 from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
-from vocabulary import TagVocabulary
+from vocabulary import TagVocabulary, configured_vocabulary, tag_shares
 
 logger = logging.getLogger(__name__)
 
@@ -120,18 +119,29 @@ def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:
     )
 
 
-def new_model(
-    config: FullConfig, vocabulary: TagVocabulary, preprocess: Preprocess, tag_shares: Tensor | None = None
-) -> SimplifiedTagger:
-    """A model with fresh weights that fits the vocabulary and the loaders' images; see `create_model`."""
-    return create_model(
+def open_data_and_model(
+    config: FullConfig, known_vocabulary: Path
+) -> tuple[TagVocabulary, DataLoader, DataLoader, SimplifiedTagger]:
+    """(vocabulary, training loader, validation loader, model) of a run that starts, goes on or is looked at.
+
+    The vocabulary is the run's own where `known_vocabulary` exists. The model is new: it starts from the tags' shares
+    of the images. Raises InputError for data that cannot be used.
+    """
+    index = open_dataset(config.data)
+    if known_vocabulary.exists():
+        vocabulary = TagVocabulary.load(known_vocabulary)
+    else:
+        vocabulary = configured_vocabulary(config.vocabulary, index)
+    train, validation = create_dataloaders(config, vocabulary, index)
+    model = create_model(
         config.model,
         len(vocabulary),
-        preprocess.image_size,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        tag_priors=tag_shares,
+        config.data.image_size,
+        mean=train.preprocess.mean,
+        std=train.preprocess.std,
+        tag_priors=torch.from_numpy(tag_shares(index, vocabulary)).float(),
     )
+    return vocabulary, train, validation, model
 
 
 def report(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> dict[str, object]:
@@ -172,12 +182,13 @@ def as_table(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) ->
     return table
 
 
-def evaluate_weights(config: FullConfig, run: Path, checkpoint: Path | None, use_ema: bool) -> tuple[Evaluation, str]:
+def evaluate_weights(
+    config: FullConfig, run: Path, checkpoint: Path | None, use_ema: bool
+) -> tuple[Evaluation, TagVocabulary, str]:
     """Score a checkpoint of a run, or the run's model where `checkpoint` is None, and name what was scored."""
-    vocabulary = TagVocabulary.load(run / "vocabulary.json")
+    vocabulary, _, validation, model = open_data_and_model(config, run / "vocabulary.json")
     found: str | None
     tensors: Mapping[str, Tensor]
-    device = resolve_device(config.training.device)
     if checkpoint is None:
         artifact = load_artifact(run / "model")
         found, tensors, name = artifact.vocabulary_sha256, artifact.weights, str(run / "model")
@@ -186,9 +197,8 @@ def evaluate_weights(config: FullConfig, run: Path, checkpoint: Path | None, use
         found, tensors, name = weights.vocabulary_sha256, weights.tensors, f"{checkpoint} ({weights.kind} weights)"
     if found != vocabulary.sha256:
         raise InputError(f"{name} is of another vocabulary than {run / 'vocabulary.json'}; they do not belong together")
-    _, validation = create_dataloaders(config, vocabulary)
-    model = new_model(config, vocabulary, validation.preprocess)
     model.load_state_dict(tensors)
+    device = resolve_device(config.training.device)
     evaluation = evaluate(
         model.to(device),
         validation,
@@ -198,7 +208,7 @@ def evaluate_weights(config: FullConfig, run: Path, checkpoint: Path | None, use
         num_tags=len(vocabulary),
         threshold=config.validation.threshold,
     )
-    return evaluation, name
+    return evaluation, vocabulary, name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,11 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
         config = load_config(run / "config.yaml", options.overrides, environment={})
         check_paths(config)
-        evaluation, name = evaluate_weights(config, run, options.checkpoint, options.weights == "ema")
+        evaluation, vocabulary, name = evaluate_weights(config, run, options.checkpoint, options.weights == "ema")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    vocabulary = TagVocabulary.load(run / "vocabulary.json")
     output = options.output or run / "evaluation.json"
     write_json(output, report(evaluation, vocabulary, name))
     Console().print(as_table(evaluation, vocabulary, name))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from Configuration_System import FullConfig, load_config
@@ -42,15 +42,18 @@ def pick_held_out(config: FullConfig, count: int) -> list[Record]:
 
 
 def tagged_table(run: Path, config: FullConfig, records: Sequence[Record]) -> Table:
-    """The model's tags for each image beside the image's own; a tag that the image does not have is marked."""
+    """The model's tags for each image beside the image's own: wrong ones in red, ones not in the vocabulary in ()."""
     artifact = load_artifact(model_dir(run))
     model = create_model(VisionTransformerConfig.from_dict(artifact.model_config))
     tagger = Tagger(model, artifact, resolve_device(config.training.device))
     title = f"held-out images, tags scored at least {artifact.threshold:g}"
-    table = Table("image", "tags given", "tags it has", title=title, show_lines=True)
+    paths = [Path(record.image_path) for record in records]
+    width = min(40, max(len(shown_path(path)) for path in paths))
+    image_column = Column("image", overflow="fold", min_width=width)
+    table = Table(image_column, "tags given", "tags it has", title=title, show_lines=True)
     known = {tag.name for tag in artifact.tags}
-    for record, outcome in zip(records, tagger.predict([Path(r.image_path) for r in records]), strict=True):
-        image = Text(shown_path(Path(record.image_path)), overflow="fold")
+    for record, outcome in zip(records, tagger.predict(paths), strict=True):
+        image = Text(shown_path(Path(record.image_path)))
         own = ", ".join(tag if tag in known else f"({tag})" for tag in sorted(record.tags))
         if not isinstance(outcome, Prediction):
             table.add_row(image, Text(f"not readable: {outcome.reason}", style="red"), Text(own))

@@ -15,6 +15,8 @@ $ErrorActionPreference = 'Stop'
 $root = Split-Path -Parent $PSScriptRoot
 & (Join-Path $PSScriptRoot 'setup_env.ps1') -Dev
 if ($LASTEXITCODE -ne 0) { exit $LASTEXITCODE }
+# One thread each: the workers are the parallelism, and sums come out the same on any number of cores.
+if (-not $env:OMP_NUM_THREADS) { $env:OMP_NUM_THREADS = '1' }
 $words = @('-m', 'pytest')
 if ($PytestArgs) { $words += $PytestArgs } else { $words += @('-q', '-n', 'auto', '-m', 'not slow') }
 $code = 1

@@ -6,6 +6,8 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 bash "$root/scripts/setup_env.sh" --dev
 cd "$root"
+# One thread each: the workers are the parallelism, and sums come out the same on any number of cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "$#" -eq 0 ]; then
     set -- -q -n auto -m "not slow"
 fi

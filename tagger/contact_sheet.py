@@ -171,7 +171,8 @@ class _Pen:
         picture = Image.fromarray(pixels)
         share = length / max(picture.size)
         size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
-        square.paste(picture.resize(size, Image.Resampling.LANCZOS), ((length - size[0]) // 2, (length - size[1]) // 2))
+        # A filter without negative lobes: sharper ones draw dark lines beside the bars of a letterboxed image.
+        square.paste(picture.resize(size, Image.Resampling.HAMMING), ((length - size[0]) // 2, (length - size[1]) // 2))
         self.picture.paste(square, (self._px(x), self._px(y)), _round_mask(square.size, self._px(radius)))
 
     def icon(self, verdict: Verdict, x: float, middle: float) -> None:

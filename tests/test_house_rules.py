@@ -1,6 +1,7 @@
 """The limits of docs/architecture.md, held by the code's own syntax trees."""
 
 import ast
+import functools
 import subprocess
 import sys
 import typing
@@ -42,7 +43,11 @@ COMMANDS = {"train_direct", "validation_loop"}
 ROOT_MODULES = {"Configuration_System"} | CHAPTERS | COMMANDS
 
 # Handlers that hand an error over to another thread, which raises it there; each names its function.
-BROAD_EXCEPT_ALLOWED: set[tuple[str, str]] = set()
+BROAD_EXCEPT_ALLOWED = {
+    ("tagger.checkpoint.writer", "_run"),
+    ("tagger.data.prefetch", "_plan"),
+    ("tagger.data.prefetch", "_fill"),
+}
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -58,6 +63,7 @@ def name_of(path: Path) -> str:
     return ".".join(parts)
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -124,7 +130,9 @@ def test_the_loop_fits_its_page() -> None:
     for name, function in functions.items():
         assert nesting_of(function) <= 4, name
     saves = [
-        n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute) and n.attr == "save" and "manager" in ast.dump(n)
+        n
+        for n in ast.walk(tree_of(path))
+        if isinstance(n, ast.Attribute) and n.attr == "save" and "manager" in ast.dump(n)
     ]
     assert len(saves) == 1
 
@@ -216,9 +224,13 @@ def test_unified_config_mentions_every_setting_by_itself() -> None:
 def test_every_setting_is_read_somewhere() -> None:
     read: set[str] = set()
     for path in python_files("tagger", "scripts"):
-        if path.name == "Configuration_System.py":
-            continue
-        read |= {n.attr for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+        tree = tree_of(path)
+        # Checking a setting is not using it.
+        checks = [f for f in functions_of(tree) if f.name in {"__post_init__", "check_paths"}]
+        inside = {id(n) for f in checks for n in ast.walk(f)} if path.name == "Configuration_System.py" else set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in inside:
+                read.add(node.attr)
     unread = [key for key in flat_values(FullConfig()) if key.rpartition(".")[2] not in read]
     assert not unread
 
@@ -234,7 +246,7 @@ def test_configured_names_are_the_registered_names() -> None:
     import training_utils
 
     assert literals(ModelSection, "name") == set(model_architecture.MODELS.names())
-    assert literals(ModelSection, "preset") == set(model_architecture.PRESETS)
+    assert literals(ModelSection, "preset") == set(model_architecture.PRESET_DIMENSIONS)
     assert literals(LossSection, "name") == set(loss_functions.LOSSES.names())
     assert literals(SchedulerSection, "name") == set(schedulers.SCHEDULES.names())
     assert literals(OptimizerSection, "name") == set(training_utils.OPTIMIZERS.names())
@@ -244,7 +256,7 @@ def test_preset_patch_size_is_the_presets_own() -> None:
     import model_architecture
     from Configuration_System import PRESET_PATCH_SIZE
 
-    assert {p["patch_size"] for p in model_architecture.PRESETS.values()} == {PRESET_PATCH_SIZE}
+    assert {preset.patch_size for preset in model_architecture.PRESET_DIMENSIONS.values()} == {PRESET_PATCH_SIZE}
 
 
 def test_broad_excepts_reraise() -> None:
@@ -268,7 +280,7 @@ def test_no_three_argument_getattr() -> None:
         for path in python_files("tagger", "scripts")
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"
-        if len(node.args) == 3
+        if len(node.args) == 3 and ast.unparse(node.args[0]) != "os"  # O_BINARY exists on Windows alone
     ]
     assert not wrong
 
@@ -280,9 +292,9 @@ def test_print_stays_in_commands() -> None:
         allowed = [f for f in functions_of(tree) if f.name == "main"] if path.parent == ROOT else []
         inside = {id(n) for f in allowed for n in ast.walk(f)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                if id(node) not in inside:
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            if called and id(node) not in inside:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not wrong
 
 

@@ -1,6 +1,9 @@
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -363,3 +366,37 @@ def test_no_rows_are_refused(root: Path) -> None:
     train, _, _ = loaders(root)
     with pytest.raises(ValueError, match="0 rows"):
         DataLoader(train._source.dataset, np.arange(0), 4, train._source.options)
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+from pathlib import Path
+import numpy as np
+from dataset_loader import DataLoader, LoadOptions, SidecarJsonDataset
+from tagger.preprocess import Preprocess
+from vocabulary import TagVocabulary
+
+dataset = SidecarJsonDataset([sys.argv[1]], TagVocabulary(["circle"], [1], ["general"]), index_dir=sys.argv[2])
+loader = DataLoader(dataset, np.arange(len(dataset)), 2, LoadOptions(Preprocess(image_size=32)), seed=1)
+batches = iter(loader)
+next(batches)
+if sys.argv[3] == "exit":
+    sys.exit(0)
+threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT)).start()
+try:
+    while True:
+        for _ in loader:
+            time.sleep(0.01)
+except KeyboardInterrupt:
+    del batches
+    print(sum(thread.name.startswith("loader-") for thread in threading.enumerate()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "printed"), [("ctrl-c", "0"), ("exit", "")])
+def test_ctrl_c_and_exit_end_the_process_cleanly(root: Path, tmp_path: Path, how: str, printed: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", INTERRUPTED, str(root), str(tmp_path / "index"), how]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout.strip(), run.stderr) == (0, printed, "")

@@ -1,6 +1,7 @@
 import dataclasses
+import os
+import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -125,18 +126,34 @@ def test_it_is_frozen() -> None:
         Preprocess(image_size=32).image_size = 64  # type: ignore[misc]
 
 
+COUNT_THREADS = """
+import threading
+from pathlib import Path
+import numpy as np
+from tagger.preprocess import Preprocess
+
+found = []
+
+def work():
+    def threads():
+        return len(list(Path("/proc/self/task").iterdir()))
+    before = threads()
+    image = np.zeros((1500, 2000, 3), np.uint8)
+    Preprocess(image_size=1024).apply_into(image, np.empty((3, 1024, 1024), np.uint8), mirror=True)
+    found.append(threads() - before)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(found)
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
 def test_a_loader_thread_starts_no_team_of_its_own() -> None:
-    image, preprocess = picture(700, 900), Preprocess(image_size=448)
-    square = np.empty((3, 448, 448), np.uint8)
-    found: list[int] = []
-
-    def work() -> None:
-        before = len(list(Path("/proc/self/task").iterdir()))
-        preprocess.apply_into(image, square, mirror=True)
-        found.append(len(list(Path("/proc/self/task").iterdir())) - before)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[0]"
