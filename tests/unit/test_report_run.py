@@ -1,4 +1,4 @@
-"""The closing report: held-out images only, the tags that swap in a mirror, and one line for a folder that is no run."""
+"""The closing report: held-out images only, the tags that swap in a mirror, one line for a folder that is no run."""
 
 from pathlib import Path
 
