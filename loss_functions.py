@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from Configuration_System import LossSection
+from tagger.errors import InputError
 from tagger.registry import Registry
 from tagger.tag_lists import tag_coordinates
 
@@ -394,7 +395,7 @@ def _focal(
     section: LossSection, tag_weights: Tensor | None, ignored_tags: Sequence[int], reduction: Reduction
 ) -> TagLoss:
     if section.gamma_pos not in (0, section.gamma_neg):
-        raise ValueError(
+        raise InputError(
             f"loss.gamma_pos={section.gamma_pos} with loss.name=focal, which has one gamma, loss.gamma_neg="
             f"{section.gamma_neg}; set loss.gamma_pos to 0, or use loss.name=asymmetric_focal"
         )
@@ -434,13 +435,13 @@ def create_loss(
     tag_weights = None
     if section.tag_weight_power > 0:
         if tag_counts is None:
-            raise ValueError(f"loss.tag_weight_power={section.tag_weight_power} needs the tag counts; pass tag_counts")
+            raise InputError(f"loss.tag_weight_power={section.tag_weight_power} needs the tag counts; pass tag_counts")
         tag_weights = tag_weights_from_counts(tag_counts, section.tag_weight_power)
     tag_loss = LOSSES.get(section.name)(section, tag_weights, ignored_tags, reduction)
     if section.rating_weight is None:
         return tag_loss
     if len(rating_indices) < 2:
-        raise ValueError(
+        raise InputError(
             f"loss.rating_weight={section.rating_weight} needs two or more rating tags and the vocabulary has "
             f"{len(rating_indices)}; set loss.rating_weight=null, or vocabulary.ratings=tags on data with ratings"
         )

@@ -61,7 +61,6 @@ __all__ = [
     "MixedPrecisionTrainer",
     "TrainState",
     "Weights",
-    "accumulation_window",
     "compile_model",
     "create_optimizer",
     "load_weights",
@@ -158,28 +157,6 @@ class MixedPrecisionTrainer:
             return
         self._scale.fill_(values["scale"])
         self._good_steps.fill_(values["good_steps"])
-
-
-class AccumulationWindow(NamedTuple):
-    """A batch's place in its accumulation window: its share of the window's images, and whether it is the last one."""
-
-    share: float
-    closes: bool
-
-
-def accumulation_window(batch: int, num_images: int, batch_size: int, accumulation_steps: int) -> AccumulationWindow:
-    """The window of batch number `batch` (from 0) of an epoch of `num_images` in batches of `batch_size`.
-
-    A mean loss times `share`, summed over the window, is the mean over all its images: also in the last window of an
-    epoch, which has fewer batches, and with the last batch, which has fewer images.
-    """
-    window_images = batch_size * accumulation_steps
-    start = batch * batch_size
-    window_start = start - start % window_images
-    window_end = min(window_start + window_images, num_images)
-    end = min(start + batch_size, num_images)
-    assert 0 <= start < end, f"batch {batch} is past the {num_images} images of the epoch"
-    return AccumulationWindow((end - start) / (window_end - window_start), end == window_end)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:

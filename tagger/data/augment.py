@@ -191,7 +191,7 @@ class BatchAugment:
 def _check_strength(name: str, op: Op | None) -> None:
     limit, unit = _LIMITS[name]
     if op is not None and op.strength > limit:
-        raise ValueError(f"augment.{name}.strength={op.strength} is above {limit:g} ({unit}); use a smaller one")
+        raise InputError(f"augment.{name}.strength={op.strength} is above {limit:g} ({unit}); use a smaller one")
 
 
 def _as_uint64(keys: Keys) -> NDArray[np.uint64]:

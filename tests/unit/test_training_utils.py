@@ -21,7 +21,6 @@ from training_utils import (
     OPTIMIZERS,
     EarlyStopping,
     MixedPrecisionTrainer,
-    accumulation_window,
     compile_model,
     create_optimizer,
     parameter_groups,
@@ -211,36 +210,6 @@ def test_precision_modes_on_the_cpu() -> None:
             assert (x @ x).dtype == expected
     with pytest.raises(InputError, match="fp16 needs a CUDA device, this run is on cpu"):
         MixedPrecisionTrainer("fp16", CPU)
-
-
-# Accumulation
-
-
-@pytest.mark.parametrize(("num_images", "batch_size", "accumulation"), [(32, 4, 2), (30, 4, 3), (5, 8, 4), (9, 4, 1)])
-def test_accumulated_gradients_are_those_of_the_whole_window(
-    num_images: int, batch_size: int, accumulation: int
-) -> None:
-    data = torch.randn(num_images, 3, dtype=torch.float64)
-    model = nn.Linear(3, 1, dtype=torch.float64)
-
-    def gradient(rows: Tensor, share: float) -> None:
-        (model(rows).square().mean() * share).backward()
-
-    start = 0
-    for batch in range(-(-num_images // batch_size)):
-        window = accumulation_window(batch, num_images, batch_size, accumulation)
-        rows = data[batch * batch_size : (batch + 1) * batch_size]
-        gradient(rows, window.share)
-        if window.closes:
-            end = min((batch + 1) * batch_size, num_images)
-            assert model.weight.grad is not None
-            found = model.weight.grad.clone()
-            model.zero_grad()
-            gradient(data[start:end], 1.0)
-            assert torch.allclose(found, typing.cast(Tensor, model.weight.grad), rtol=1e-12)
-            model.zero_grad()
-            start = end
-    assert start == num_images
 
 
 # Optimizers by name
