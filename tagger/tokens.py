@@ -32,9 +32,8 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """Stride-2 3x3 convolutions down to the token grid, then a linear map: learns on little data where patches do not.
 
-    After "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), with a norm over the channels of each
-    position in place of batch norm: no running statistics to average or synchronise, the same at any batch size.
-    `patch_size` is a power of two, 2 or more.
+    As in "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), batch norm included: a layer norm at each
+    position learnt much slower on a small set (docs/experiment-log.md). `patch_size` is a power of two, 2 or more.
     """
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
@@ -45,15 +44,15 @@ class ConvStem(nn.Module):
             nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False)
             for narrow, wide in itertools.pairwise(widths)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=NORM_EPS) for width in widths[1:])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
         self.proj = nn.Linear(widths[-1], embed_dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, H/P * W/P, D], row by row."""
         maps = pixels
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            maps = F.relu(norm(conv(maps).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        tokens: Tensor = self.proj(maps.permute(0, 2, 3, 1).flatten(1, 2))
+            maps = F.relu(norm(conv(maps)))
+        tokens: Tensor = self.proj(maps.flatten(2).transpose(1, 2))
         return tokens
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagger import rng
+from tagger.errors import InputError
 
 Keys = NDArray[np.uint64] | Tensor
 
