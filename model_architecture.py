@@ -5,7 +5,7 @@ the model. Refuses images that are not uint8 (normalisation happens inside) and 
 
 State-dict names (stable; `N` is the block):
     stem.proj.{weight,bias}   patches -> tokens; weight [D, 3 * P * P] in (channel, row, column) order
-    stem.convs.I.weight, stem.norms.I.{weight,bias}, stem.proj.{weight,bias}   the convolutional stem
+    stem.convs.I.weight, stem.norms.I.* (batch norm, with running statistics), stem.proj.{weight,bias}   the conv stem
     pos_embed [1, rows * columns, D], cls_token [1, 1, D] (class-token pooling only)
     blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
     blocks.N.{attn.q_norm,attn.k_norm}.{weight,bias} (qk_norm), blocks.N.{ls1,ls2}.gamma (layer_scale_init)
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from Configuration_System import ModelSection
 from tagger.config_io import ConfigError
 from tagger.registry import Registry
-from tagger.tokens import NORM_EPS, ConvStem, PatchStem, PositionResizer, content_mask, resize_position_embedding
+from tagger.tokens import ConvStem, PatchStem, PositionResizer, content_mask, resize_position_embedding
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ T = TypeVar("T")
 Rgb = tuple[float, float, float]
 DEFAULT_MEAN: Rgb = (0.5, 0.5, 0.5)
 DEFAULT_STD: Rgb = (0.5, 0.5, 0.5)
+_NORM_EPS = 1e-6
 # A tag on no image, or on all, must not start at an infinite logit.
 _PRIOR_RANGE = (1e-6, 0.99)
 
@@ -205,8 +206,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         head_dim = embed_dim // num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.q_norm = nn.LayerNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(head_dim, eps=_NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=_NORM_EPS) if qk_norm else nn.Identity()
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(dropout)
 
@@ -285,10 +286,10 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=_NORM_EPS)
         self.attn = Attention(embed_dim, num_heads, qk_norm=qk_norm, dropout=dropout)
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=_NORM_EPS)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout=dropout)
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
         self.drop_path = DropPath(drop_path)
@@ -336,7 +337,7 @@ class SimplifiedTagger(nn.Module):
             )
             for index in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=_NORM_EPS)
         self.head = nn.Linear(config.embed_dim, config.num_tags)
         self._resize_positions = PositionResizer((config.grid_size, config.grid_size))
         self._init_weights()

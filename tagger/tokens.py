@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6
-
 
 class PatchStem(nn.Module):
     """Patches of `patch_size` pixels a side -> tokens: a strided convolution written as one matrix product."""
@@ -32,8 +30,8 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """Stride-2 3x3 convolutions down to the token grid, then a linear map: learns on little data where patches do not.
 
-    As in "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), batch norm included: a layer norm at each
-    position learnt much slower on a small set (docs/experiment-log.md). `patch_size` is a power of two, 2 or more.
+    As in "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), batch norm included: a layer norm in its
+    place learnt much slower on a small set (docs/experiment-log.md). `patch_size` is a power of two, 2 or more.
     """
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:

@@ -12,7 +12,6 @@ not byte for byte what was written (CheckpointError), and one written by a newer
 
 import hashlib
 import json
-import math
 import re
 import stat
 from collections.abc import Mapping
@@ -148,23 +147,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def encode_state(state: Mapping[str, Json]) -> bytes:
-    """`state.json` of what is not a tensor. Refuses what JSON does not hold, NaN included, so that nothing is lost."""
-    _refuse_nonfinite(dict(state), "state")
+    """`state.json` of what is not a tensor. A number that is not finite becomes null: a NaN score stops no save."""
     try:
         return orjson.dumps({"format_version": FORMAT_VERSION, **state}, option=orjson.OPT_INDENT_2) + b"\n"
     except TypeError as error:
         raise CheckpointError(f"the training state is not JSON: {error}") from error
-
-
-def _refuse_nonfinite(value: Json, name: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise CheckpointError(f"{name} is {value}, which JSON does not hold; store None where there is no number")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_nonfinite(item, f"{name}.{key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_nonfinite(item, f"{name}[{index}]")
 
 
 def read_manifest(folder: Path) -> Manifest:

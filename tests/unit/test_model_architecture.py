@@ -49,6 +49,8 @@ def _model(**changes: typing.Any) -> SimplifiedTagger:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5)
+        model.stem.train()
+        model(_images(16, model.config.image_size, model.config.image_size))  # running statistics off their defaults
     return model.eval()
 
 
@@ -467,5 +469,7 @@ def test_state_dict_names_are_the_documented_ones() -> None:
     pairs = ["norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
     modules = [f"blocks.0.{name}" for name in pairs] + [f"stem.norms.{i}" for i in range(3)]
     expected = {f"{name}.{kind}" for name in [*modules, "stem.proj", "norm", "head"] for kind in ("weight", "bias")}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    expected |= {f"stem.norms.{i}.{name}" for i in range(3) for name in statistics}
     expected |= {f"stem.convs.{i}.weight" for i in range(3)} | {"blocks.0.ls1.gamma", "blocks.0.ls2.gamma"}
     assert set(model.state_dict()) == expected | {"pos_embed", "cls_token"}
