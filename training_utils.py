@@ -197,6 +197,7 @@ def _muon(section: OptimizerSection, model: nn.Module) -> MuonAdamW:
     """Muon for the matrices of the blocks; stem, embeddings, norms, biases and head are AdamW's (Jordan 2024).
 
     Scaling "original": `optimizer.muon_learning_rate` is the size of the step in spectral norm, which suits any width.
+    Tuned on real icons, "match_rms_adamw" came out the same (mAP 0.33 at 0.004 against 0.32 at 0.02, one seed each).
     """
     matrices = [
         p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "blocks." in clean_name(name)

@@ -32,6 +32,15 @@ CPU = torch.device("cpu")
 NAN = float("nan")
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.fc(x))
+
+
 class Toy(nn.Module):
     """The kinds of parameters that a tagger has: stem, norm, position embedding, blocks, head."""
 
@@ -40,13 +49,13 @@ class Toy(nn.Module):
         self.stem = nn.Linear(4, 8)
         self.norm = nn.LayerNorm(8)
         self.pos_embed = nn.Parameter(torch.zeros(1, 8))
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stem(x)) + self.pos_embed
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x)
         return self.head(x)
 
 
@@ -229,7 +238,7 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
     model.blocks[0].requires_grad_(False)
     decayed, others = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert names_in(model, decayed["params"]) == {"stem.weight", "blocks.1.0.weight", "head.weight"}
+    assert names_in(model, decayed["params"]) == {"stem.weight", "blocks.1.fc.weight", "head.weight"}
     assert {"pos_embed", "norm.weight", "head.bias"} <= names_in(model, others["params"])
     assert not any("blocks.0" in name for name in names_in(model, decayed["params"] + others["params"]))
 
@@ -238,7 +247,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else() -> None:
     model = Toy()
     optimizer = create_optimizer(section("muon", learning_rate=1e-3, muon_learning_rate=0.02, weight_decay=0.1), model)
     by_rate = {group["initial_lr"]: group for group in optimizer.param_groups if group["weight_decay"] > 0}
-    assert names_in(model, by_rate[0.02]["params"]) == {"blocks.0.0.weight", "blocks.1.0.weight"}
+    assert names_in(model, by_rate[0.02]["params"]) == {"blocks.0.fc.weight", "blocks.1.fc.weight"}
     assert names_in(model, by_rate[1e-3]["params"]) == {"stem.weight", "head.weight"}
     every = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(every) == len({id(p) for p in every}) == len(list(model.parameters()))
