@@ -26,29 +26,29 @@ TRANSPARENT_SEEN_ON: Colour = (255, 255, 255)
 
 # Weights make the long tail: the commonest shape is drawn four to five times as often as the rarest.
 SHAPE_WEIGHTS = {
-    "arrow": 5.4,
-    "circle": 4.2,
-    "square": 3.8,
+    "arrow": 6.0,
+    "circle": 3.4,
+    "square": 3.2,
     "fish": 4.0,
     "mug": 3.8,
-    "triangle": 2.6,
-    "star": 2.4,
-    "heart": 1.9,
-    "flower": 1.4,
-    "crescent": 1.2,
+    "triangle": 2.8,
+    "star": 2.6,
+    "heart": 2.4,
+    "flower": 2.0,
+    "crescent": 1.8,
 }
-LAYOUT_WEIGHTS = {"solo": 0.52, "pair": 0.16, "overlapping_pair": 0.1, "circle_and_square": 0.13, "trio": 0.09}
+LAYOUT_WEIGHTS = {"solo": 0.62, "pair": 0.13, "overlapping_pair": 0.08, "circle_and_square": 0.11, "trio": 0.06}
 SIZE_WEIGHTS = {"large": 0.3, "medium": 0.48, "small": 0.22}
 # Shares of the picture's short side. The gaps between sizes keep `large` and `small` beyond dispute.
 SIZES: dict[str, Point] = {
-    "large": (0.66, 0.84),
-    "medium": (0.46, 0.56),
-    "small": (0.3, 0.34),
-    "pair": (0.4, 0.48),
-    "trio": (0.38, 0.43),
+    "large": (0.74, 0.88),
+    "medium": (0.54, 0.62),
+    "small": (0.36, 0.4),
+    "pair": (0.44, 0.5),
+    "trio": (0.4, 0.44),
 }
-ARROW_TURNS = {"right": 0.35, "left": 0.35, "up": 0.15, "down": 0.15}
-TEXTURE_WEIGHTS = {"plain": 0.58, "striped": 0.18, "dotted": 0.13, "checkered": 0.11}
+ARROW_TURNS = {"right": 0.28, "left": 0.28, "up": 0.22, "down": 0.22}
+TEXTURE_WEIGHTS = {"plain": 0.64, "striped": 0.14, "dotted": 0.12, "checkered": 0.1}
 TEXTURE_MIN_SIZE = 0.4
 BACKGROUND_VALUES: dict[str, Point] = {"light": (0.88, 1.0), "mid": (0.52, 0.64), "dark": (0.08, 0.2)}
 BACKGROUND_WEIGHTS = {"light": 0.6, "mid": 0.2, "dark": 0.2}

@@ -25,11 +25,11 @@ from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 
 DEFAULT_OUTPUT = Path("data/demo")
-DEFAULT_COUNT = 3200
+DEFAULT_COUNT = 5000
 DEFAULT_SEED = 7
 MARKER = ".demo-complete"  # no .json at its end, so that nobody takes it for a sidecar
 FORMAT_VERSION = 1
-DRAWING_VERSION = 2  # raise it when the pictures change: sets drawn before are then drawn anew
+DRAWING_VERSION = 3  # raise it when the pictures change: sets drawn before are then drawn anew
 IMAGES_PER_FOLDER = 400
 
 FILE_WEIGHTS = {"jpeg": 0.5, "turned_jpeg": 0.12, "png": 0.17, "webp": 0.12, "alpha_png": 0.06, "alpha_webp": 0.03}
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.make_demo_dataset",
         description="Draw the demo data set, or leave it alone where it stands.",
-        epilog="example: python -m scripts.make_demo_dataset --output data/demo --count 3200 --seed 7",
+        epilog="example: python -m scripts.make_demo_dataset --output data/demo --count 5000 --seed 7",
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the set (default: %(default)s)")
     parser.add_argument("--count", type=int, help=f"number of images (default: as it stands, or {DEFAULT_COUNT})")

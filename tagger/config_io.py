@@ -132,13 +132,15 @@ def override_layer(overrides: Iterable[str], source: str = "command line") -> La
 
 def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
     """Merge layers over the schema's defaults, later ones winning; the typed tree validates itself as it is built."""
-    known = _schema_keys(schema)
+    known, switches = _schema_keys(schema), _switch_keys(schema)
     tree = OmegaConf.structured(schema)
     origin = dict.fromkeys(_flatten(_to_plain(schema())), "default")
     for layer in layers:
         for key, value in layer.values.items():
             if key not in known:
                 raise ConfigError(f"{layer.source}: unknown setting '{key}'{_nearest(key, known)}")
+            if key in switches and isinstance(value, bool):
+                layer.values[key] = "on" if value else "off"
             if _has_interpolation(value):
                 raise ConfigError(f"{layer.source}: {key} uses '${{...}}', which recipes may not; write the value")
             for stale in [k for k in origin if k.startswith(f"{key}.")]:
@@ -242,6 +244,17 @@ def _schema_keys(schema: Any, prefix: str = "") -> set[str]:
             if isinstance(option, type) and dataclasses.is_dataclass(option):
                 keys |= _schema_keys(option, f"{name}.")
     return keys
+
+
+def _switch_keys(schema: Any) -> set[str]:
+    """Dotted keys of `section.key` whose words include "off": YAML reads a bare off as false and a bare on as true."""
+    return {
+        f"{section}.{key}"
+        for section, kind in typing.get_type_hints(schema).items()
+        if dataclasses.is_dataclass(kind)
+        for key, hint in typing.get_type_hints(kind).items()
+        if "off" in typing.get_args(hint)
+    }
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -157,3 +157,9 @@ def test_the_command_validates_shows_and_fails_in_one_line(
     assert Configuration_System.main(["validate", *words, "training.sed=1"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_a_bare_off_is_the_word_off(recipe: Path) -> None:
+    recipe.write_text("defaults: [unified_config]\ntraining: {mixed_precision: off}\n", encoding="utf-8")
+    config = load_config(recipe, ["training.compile=on"], {})
+    assert (config.training.mixed_precision, config.training.compile) == ("off", "on")

@@ -287,7 +287,7 @@ def test_a_set_of_a_newer_program_is_refused(tmp_path: Path) -> None:
 def test_the_usual_set_has_a_long_tail_that_can_be_learnt(tmp_path: Path) -> None:
     demo = make_demo_dataset(tmp_path / "set")
     counts = demo.tag_counts
-    assert demo.num_images == len(sidecars(tmp_path / "set")) == 3200
+    assert demo.num_images == len(sidecars(tmp_path / "set")) == 5000
     assert 25 <= len(counts) <= 40
     assert min(counts.values()) >= 60
     assert max(counts.values()) >= 10 * min(counts.values())
