@@ -5,7 +5,7 @@ the model. Refuses images that are not uint8 (normalisation happens inside) and 
 
 State-dict names (stable; `N` is the block):
     stem.proj.{weight,bias}   patches -> tokens; weight [D, 3 * P * P] in (channel, row, column) order
-    stem.convs.I.weight, stem.norms.I.* (batch norm, with running statistics), stem.proj.{weight,bias}   the conv stem
+    stem.{conv,norm,proj}.*, stem.stages.I.{conv1,norm1,conv2,norm2,skip}.*   conv stem (batch norms)
     pos_embed [1, rows * columns, D], cls_token [1, 1, D] (class-token pooling only)
     blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
     blocks.N.{attn.q_norm,attn.k_norm}.{weight,bias} (qk_norm), blocks.N.{ls1,ls2}.gamma (layer_scale_init)

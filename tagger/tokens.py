@@ -27,29 +27,45 @@ class PatchStem(nn.Module):
         return tokens
 
 
-class ConvStem(nn.Module):
-    """Stride-2 3x3 convolutions down to the token grid, then a linear map: learns on little data where patches do not.
+class ResidualStage(nn.Module):
+    """Two 3x3 convolutions with batch norm, the first of stride 2, beside a strided 1x1 (He et al. 2016)."""
 
-    As in "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), batch norm included: a layer norm in its
-    place learnt much slower on a small set (docs/experiment-log.md). `patch_size` is a power of two, 2 or more.
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, kernel_size=3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(wide)
+        self.skip = nn.Conv2d(narrow, wide, kernel_size=1, stride=2, bias=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H/2, W/2]."""
+        inner = F.relu(self.norm1(self.conv1(maps)))
+        return F.relu(self.skip(maps) + self.norm2(self.conv2(inner)))
+
+
+class ConvStem(nn.Module):
+    """A strided convolution and residual stages down to the token grid: learns on little data where patches do not.
+
+    After "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), with residual stages in place of single
+    convolutions. Batch norm: a layer norm in its place learnt much slower on a small set (docs/experiment-log.md).
+    `patch_size` is a power of two, 2 or more.
     """
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
-        steps = patch_size.bit_length() - 1
-        widths = [3, *(max(8, embed_dim >> (steps - 1 - step)) for step in range(steps))]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False)
-            for narrow, wide in itertools.pairwise(widths)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        halvings = patch_size.bit_length() - 1
+        widths = [max(16, embed_dim >> (halvings - 1 - step)) for step in range(halvings)]
+        self.conv = nn.Conv2d(3, widths[0], kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        self.stages = nn.ModuleList(ResidualStage(narrow, wide) for narrow, wide in itertools.pairwise(widths))
         self.proj = nn.Linear(widths[-1], embed_dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, H/P * W/P, D], row by row."""
-        maps = pixels
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            maps = F.relu(norm(conv(maps)))
+        maps = F.relu(self.norm(self.conv(pixels)))
+        for stage in self.stages:
+            maps = stage(maps)
         tokens: Tensor = self.proj(maps.flatten(2).transpose(1, 2))
         return tokens
 

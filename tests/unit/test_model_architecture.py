@@ -202,7 +202,7 @@ def test_patch_stem_is_a_strided_convolution() -> None:
 def test_conv_stem_gives_one_token_for_each_patch(patch_size: int) -> None:
     stem = ConvStem(patch_size, 48)
     assert stem(torch.zeros(2, 3, 3 * patch_size, 2 * patch_size)).shape == (2, 6, 48)
-    assert len(stem.convs) == int(math.log2(patch_size))
+    assert len(stem.stages) == int(math.log2(patch_size)) - 1
 
 
 def test_normalisation_is_the_textbook_one() -> None:
@@ -467,9 +467,10 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
 def test_state_dict_names_are_the_documented_ones() -> None:
     model = SimplifiedTagger(_config(depth=1, stem="conv", pooling="class_token", qk_norm=True, layer_scale_init=0.1))
     pairs = ["norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
-    modules = [f"blocks.0.{name}" for name in pairs] + [f"stem.norms.{i}" for i in range(3)]
-    expected = {f"{name}.{kind}" for name in [*modules, "stem.proj", "norm", "head"] for kind in ("weight", "bias")}
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    expected |= {f"stem.norms.{i}.{name}" for i in range(3) for name in statistics}
-    expected |= {f"stem.convs.{i}.weight" for i in range(3)} | {"blocks.0.ls1.gamma", "blocks.0.ls2.gamma"}
+    norms = ["stem.norm"] + [f"stem.stages.{i}.norm{k}" for i in range(2) for k in (1, 2)]
+    modules = [f"blocks.0.{name}" for name in pairs] + [*norms, "stem.proj", "norm", "head"]
+    expected = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
+    expected |= {f"{name}.{kind}" for name in norms for kind in ("running_mean", "running_var", "num_batches_tracked")}
+    expected |= {f"stem.stages.{i}.{name}.weight" for i in range(2) for name in ("conv1", "conv2", "skip")}
+    expected |= {"stem.conv.weight", "blocks.0.ls1.gamma", "blocks.0.ls2.gamma"}
     assert set(model.state_dict()) == expected | {"pos_embed", "cls_token"}
