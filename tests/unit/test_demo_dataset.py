@@ -222,7 +222,7 @@ def test_turned_jpegs_are_upright_for_a_viewer_that_obeys_exif(demo: Path) -> No
         scene = sample_scene(f"3/{int(path.stem.rpartition('_')[2])}", transparent=False)
         drawn = np.asarray(render(scene), dtype=np.int64)
         assert upright.shape == drawn.shape
-        assert np.abs(upright - drawn).mean() < 16  # JPEG's own loss; another orientation gives several times that
+        assert np.abs(upright - drawn).mean() < 20  # JPEG's own loss; another orientation gives several times that
     assert len(orientations) >= 4
 
 
