@@ -228,7 +228,7 @@ def _throw_scene(dice: Dice, key: str, transparent: bool, layout: str, sizes: Po
         background=(first, (second[0], second[1], second[2])),
         gradient=dice.pick(("vertical", "horizontal")),
         transparent=transparent,
-        noise=0.0 if transparent else dice.between(24, 30) if dice.chance(0.1) else dice.pick((0.0, 0.0, 3.0)),
+        noise=0.0 if transparent else dice.between(38, 46) if dice.chance(0.1) else dice.pick((0.0, 0.0, 3.0)),
         noise_key=key,
         things=tuple(things),
     )

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 
 DEFAULT_OUTPUT = Path("data/demo")
-DEFAULT_COUNT = 5000
+DEFAULT_COUNT = 10000
 DEFAULT_SEED = 7
 MARKER = ".demo-complete"  # no .json at its end, so that nobody takes it for a sidecar
 FORMAT_VERSION = 1
-DRAWING_VERSION = 3  # raise it when the pictures change: sets drawn before are then drawn anew
+DRAWING_VERSION = 4  # raise it when the pictures change: sets drawn before are then drawn anew
 IMAGES_PER_FOLDER = 400
 
 FILE_WEIGHTS = {"jpeg": 0.5, "turned_jpeg": 0.12, "png": 0.17, "webp": 0.12, "alpha_png": 0.06, "alpha_webp": 0.03}
@@ -145,13 +146,21 @@ def _swap_in(partial: Path, output: Path, count: int, seed: int) -> None:
 
 
 def _draw_all(folder: Path, count: int, seed: int) -> dict[str, int]:
+    starts = range(0, count, IMAGES_PER_FOLDER)
     tag_counts: Counter[str] = Counter()
-    for index in range(count):
-        place = folder / f"part-{index // IMAGES_PER_FOLDER:02d}"
-        if index % IMAGES_PER_FOLDER == 0:
-            place.mkdir()
-        tag_counts.update(_draw_one(place, index, seed))
+    with ProcessPoolExecutor(max_workers=min(os.cpu_count() or 1, len(starts), 8)) as pool:
+        parts = [
+            pool.submit(_draw_part, folder, start, min(start + IMAGES_PER_FOLDER, count), seed) for start in starts
+        ]
+        for part in parts:
+            tag_counts.update(part.result())
     return dict(sorted(tag_counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _draw_part(folder: Path, start: int, stop: int, seed: int) -> Counter[str]:
+    place = folder / f"part-{start // IMAGES_PER_FOLDER:02d}"
+    place.mkdir()
+    return Counter(tag for index in range(start, stop) for tag in _draw_one(place, index, seed))
 
 
 def _draw_one(folder: Path, index: int, seed: int) -> tuple[str, ...]:
@@ -189,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.make_demo_dataset",
         description="Draw the demo data set, or leave it alone where it stands.",
-        epilog="example: python -m scripts.make_demo_dataset --output data/demo --count 5000 --seed 7",
+        epilog="example: python -m scripts.make_demo_dataset --output data/demo --count 10000 --seed 7",
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the set (default: %(default)s)")
     parser.add_argument("--count", type=int, help=f"number of images (default: as it stands, or {DEFAULT_COUNT})")

@@ -222,7 +222,9 @@ def test_turned_jpegs_are_upright_for_a_viewer_that_obeys_exif(demo: Path) -> No
         scene = sample_scene(f"3/{int(path.stem.rpartition('_')[2])}", transparent=False)
         drawn = np.asarray(render(scene), dtype=np.int64)
         assert upright.shape == drawn.shape
-        assert np.abs(upright - drawn).mean() < 20  # JPEG's own loss; another orientation gives several times that
+        assert (
+            np.abs(upright - drawn).mean() < 14 + scene.noise / 2
+        )  # JPEG loses that much; another orientation, several times that
     assert len(orientations) >= 4
 
 
@@ -287,7 +289,7 @@ def test_a_set_of_a_newer_program_is_refused(tmp_path: Path) -> None:
 def test_the_usual_set_has_a_long_tail_that_can_be_learnt(tmp_path: Path) -> None:
     demo = make_demo_dataset(tmp_path / "set")
     counts = demo.tag_counts
-    assert demo.num_images == len(sidecars(tmp_path / "set")) == 5000
+    assert demo.num_images == len(sidecars(tmp_path / "set")) == 10000
     assert 25 <= len(counts) <= 40
     assert min(counts.values()) >= 60
     assert max(counts.values()) >= 10 * min(counts.values())
