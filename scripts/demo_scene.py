@@ -37,7 +37,7 @@ SHAPE_WEIGHTS = {
     "flower": 2.0,
     "crescent": 1.8,
 }
-LAYOUT_WEIGHTS = {"solo": 0.62, "pair": 0.13, "overlapping_pair": 0.08, "circle_and_square": 0.11, "trio": 0.06}
+LAYOUT_WEIGHTS = {"solo": 0.58, "pair": 0.09, "overlapping_pair": 0.06, "circle_and_square": 0.22, "trio": 0.05}
 SIZE_WEIGHTS = {"large": 0.3, "medium": 0.48, "small": 0.22}
 # Shares of the picture's short side. The gaps between sizes keep `large` and `small` beyond dispute.
 SIZES: dict[str, Point] = {
@@ -48,8 +48,8 @@ SIZES: dict[str, Point] = {
     "trio": (0.4, 0.44),
 }
 ARROW_TURNS = {"right": 0.28, "left": 0.28, "up": 0.22, "down": 0.22}
-TEXTURE_WEIGHTS = {"plain": 0.64, "striped": 0.14, "dotted": 0.12, "checkered": 0.1}
-TEXTURE_MIN_SIZE = 0.4
+TEXTURE_WEIGHTS = {"plain": 0.46, "striped": 0.2, "dotted": 0.18, "checkered": 0.16}
+TEXTURE_MIN_SIZE = 0.5
 BACKGROUND_VALUES: dict[str, Point] = {"light": (0.88, 1.0), "mid": (0.52, 0.64), "dark": (0.08, 0.2)}
 BACKGROUND_WEIGHTS = {"light": 0.6, "mid": 0.2, "dark": 0.2}
 # Weight; hue in degrees, saturation and value as ranges.
@@ -266,7 +266,7 @@ def _throw_thing(dice: Dice, shape: str, centre: Point, size: float, short_side:
         colour=colour,
         rgb=_mix_colour(dice, *COLOURS[colour][1:]),
         texture=dice.weighted(TEXTURE_WEIGHTS) if size >= TEXTURE_MIN_SIZE * short_side else "plain",
-        pitch=dice.between(0.46, 0.6) if size < 0.6 * short_side else dice.between(0.34, 0.5),
+        pitch=dice.between(0.62, 0.76) if size < 0.7 * short_side else dice.between(0.5, 0.66),
         centre=centre,
         size=size,
         turn=turn,

@@ -30,7 +30,7 @@ DEFAULT_COUNT = 10000
 DEFAULT_SEED = 7
 MARKER = ".demo-complete"  # no .json at its end, so that nobody takes it for a sidecar
 FORMAT_VERSION = 1
-DRAWING_VERSION = 4  # raise it when the pictures change: sets drawn before are then drawn anew
+DRAWING_VERSION = 5  # raise it when the pictures change: sets drawn before are then drawn anew
 IMAGES_PER_FOLDER = 400
 
 FILE_WEIGHTS = {"jpeg": 0.5, "turned_jpeg": 0.12, "png": 0.17, "webp": 0.12, "alpha_png": 0.06, "alpha_webp": 0.03}
