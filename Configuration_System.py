@@ -197,7 +197,7 @@ class LossSection:
 
 @dataclass
 class OptimizerSection:
-    """How weights move. `muon` moves the 2-D weights of the blocks with Muon and the rest with AdamW."""
+    """How weights move. `muon`: Muon for the blocks' matrices and the stem's kernels, AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3

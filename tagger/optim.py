@@ -1,6 +1,6 @@
 """Optimizers that skip a bad update on the device, and their state by parameter name.
 
-`AdamW` and `Muon` are torch's; `MuonAdamW` is both as one. All honour two tensors that the caller sets before `step`,
+`AdamW` is torch's, `Muon` follows torch's; `MuonAdamW` is both as one. All honour two tensors that the caller sets before `step`,
 after the convention of torch's own fused optimizers: gradients are divided by `grad_scale`, and where `found_inf` is 1
 nothing changes, neither weights nor state, without the host having to look. Refuses to load state of other parameters.
 """
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # A torch parameter group: "params" and any of the optimizer's settings.
 Group: TypeAlias = dict[str, Any]
 Closure: TypeAlias = Callable[[], float]
+# The quintic of Jordan 2024 and how often it is applied; torch's defaults.
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 # Settings that say how the arithmetic is done and not what is computed.
 _IMPLEMENTATION_KEYS = {"foreach", "fused", "capturable", "differentiable"}
 
@@ -63,17 +66,43 @@ class AdamW(torch.optim.AdamW):
         return all(group["fused"] for group in self.param_groups)
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan 2024) with the same settings and state, taking matrices of one shape together.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024) with the settings and state of `torch.optim.Muon`, for matrices and convolution kernels.
 
-    Small matrices are limited by the number of operations: stacked, the 48 of a vit_tiny take about half the time of
-    torch's one by one (2 CPU cores). Differs from torch's in rounding only, that of bfloat16 (of float32 where a CPU
-    has no bfloat16 products).
+    A kernel [O, I, h, w] is taken as the matrix [O, I * h * w]. Tensors of one shape are taken together: small matrices
+    are limited by the number of operations, and stacked, the 48 of a vit_tiny take about half the time of torch's one
+    by one (2 CPU cores). Differs from torch's in rounding only, that of bfloat16 (of float32 where a CPU has no
+    bfloat16 products).
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     skips_on_device = True
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adjust_lr_fn: str | None = None,
+    ) -> None:
+        for parameter in parameters:
+            if parameter.ndim < 2:
+                raise ValueError(f"Muon moves matrices and kernels; a parameter has shape {list(parameter.shape)}")
+        settings = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": NEWTON_SCHULZ_COEFFICIENTS,
+            "ns_steps": NEWTON_SCHULZ_STEPS,
+            "eps": 1e-7,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        super().__init__(parameters, settings)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
@@ -105,11 +134,12 @@ class Muon(torch.optim.Muon):
         update = torch.stack(momenta)
         if group["nesterov"]:
             update = gradients.lerp_(update, group["momentum"])
-        update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(gradients.dtype)
-        rows, columns = parameters[0].shape
-        step_size = group["lr"] * lr_factor(group["adjust_lr_fn"], rows, columns)
+        matrices = update.flatten(2)
+        direction = orthogonalize(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        step_size = group["lr"] * lr_factor(group["adjust_lr_fn"], matrices.shape[1], matrices.shape[2])
         torch._foreach_mul_(parameters, 1.0 - kept * (group["lr"] * group["weight_decay"]))
-        torch._foreach_add_(parameters, list((update * kept).unbind()), alpha=-step_size)
+        steps = (direction.to(update.dtype) * kept).reshape(update.shape)
+        torch._foreach_add_(parameters, list(steps.unbind()), alpha=-step_size)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

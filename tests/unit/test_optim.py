@@ -75,6 +75,24 @@ def test_muon_equals_torchs_to_rounding(adjustment: str, nesterov: bool) -> None
         assert torch.equal(mine.state[a]["momentum_buffer"], torchs.state[b]["momentum_buffer"])
 
 
+def test_muon_moves_a_kernel_as_the_matrix_of_its_output_channels() -> None:
+    generator = torch.Generator().manual_seed(3)
+    kernel = nn.Parameter(torch.randn(6, 4, 3, 3, generator=generator))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    optimizers = [Muon([p], lr=0.02, weight_decay=0.1) for p in (kernel, matrix)]
+    for _ in range(3):
+        gradient = torch.randn(6, 4, 3, 3, generator=generator)
+        kernel.grad, matrix.grad = gradient, gradient.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
+def test_muon_refuses_a_vector() -> None:
+    with pytest.raises(ValueError, match=r"a parameter has shape \[8\]"):
+        Muon([nn.Parameter(torch.zeros(8))], lr=0.02, weight_decay=0.0)
+
+
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 8, 32), (3, 32, 8)])
 def test_orthogonalize_is_the_polar_factor_with_singular_values_near_1(shape: tuple[int, int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

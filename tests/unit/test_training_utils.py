@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from Configuration_System import OptimizerSection
+from model_architecture import VisionTransformerConfig, create_model
 from tagger.compilation import compile_blocks, missing_compiler
 from tagger.ema import ExponentialMovingAverage
 from tagger.errors import InputError
@@ -254,8 +255,17 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else() -> None:
     assert all(group["initial_lr"] == group["lr"] for group in optimizer.param_groups)
 
 
+def test_muon_takes_the_inner_kernels_of_a_convolutional_stem() -> None:
+    model = create_model(VisionTransformerConfig(16, 8, 16, 1, 2, 2.0, num_tags=3, stem="conv"))
+    optimizer = create_optimizer(section("muon", learning_rate=1e-3, muon_learning_rate=0.02), model)
+    muons = [p for group in optimizer.param_groups if group["initial_lr"] == 0.02 for p in group["params"]]
+    kernels = {f"stem.stages.{stage}.{name}.weight" for stage in (0, 1) for name in ("conv1", "conv2", "skip")}
+    matrices = {f"blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert names_in(model, muons) == kernels | matrices
+
+
 def test_muon_without_blocks_is_refused() -> None:
-    with pytest.raises(InputError, match=r"no 2-D weights in `blocks`; use optimizer\.name=adamw"):
+    with pytest.raises(InputError, match=r"no matrices in `blocks`; use optimizer\.name=adamw"):
         create_optimizer(section("muon"), nn.Linear(2, 2))
 
 
