@@ -7,6 +7,7 @@ and counted; it never becomes zeros or the image beside it.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,9 +123,9 @@ class ImagePreFetcher:
     """Iterator over the batches of an epoch that begin at the samples `starts`, decoded and prepared in threads."""
 
     def __init__(self, source: BatchSource, options: LoadOptions, epoch: int, starts: range) -> None:
-        side, num_rows = options.preprocess.image_size, len(source.sampler)
+        num_rows = len(source.sampler)
         # Those in flight, and two in the hands of the consumer.
-        pool = BufferPool((min(starts.step, num_rows), 3, side, side), options.prefetch_batches + 2)
+        pool = BufferPool(min(starts.step, num_rows) * math.prod(source.images.shape), options.prefetch_batches + 2)
         stopping = threading.Event()
         stops = (min(start + starts.step, num_rows) for start in starts)
         self._inner = OrderedPrefetcher(
