@@ -29,8 +29,8 @@ class Preprocess:
     background: RGB 0..255 of the bars and behind transparency.
     mean, std: per channel, of the range 0..1; the model subtracts and divides, `apply` does not.
     interpolation: torch's antialiased bicubic on uint8. fit: keep the aspect ratio, longest side = image_size.
-    decode_scaling: how far a JPEG may be scaled in its decoder (see DecodeOptions); the difference, about 35 dB of PSNR,
-    is why a model keeps to what it was trained with.
+    decode_scaling: how far a JPEG may be scaled in its decoder (see DecodeOptions); it moves pixels (about 35 dB), so
+    a model keeps to what it was trained with.
     """
 
     image_size: int
@@ -72,9 +72,7 @@ class Preprocess:
         nearest = 2 * round((length - parity) / 2) + parity
         return min(max(nearest, 2 - parity), self.image_size)
 
-    def apply(
-        self, rgb: NDArray[np.uint8], full_size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, tuple[int, int]]:
+    def apply(self, rgb: NDArray[np.uint8], full_size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
         """uint8 [H, W, 3] RGB -> (uint8 [3, image_size, image_size], (height, width) of the content).
 
         full_size: (height, width) of the image before its decoder scaled it; None: `rgb` is the full image.

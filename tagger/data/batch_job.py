@@ -6,7 +6,8 @@ AssertionError, to touch a row that is held out.
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +16,21 @@ import torch
 from numpy.typing import NDArray
 
 from tagger.batch import Batch
-from tagger.data.decode import RefusedImage, decode_image
+from tagger.data.decode import DecodeError, DecodeOptions, RefusedImage, decode
 from tagger.data.index import MetadataIndex
 from tagger.data.prefetch import BufferPool
-from tagger.data.quarantine import read_image_file, retry_transient
+from tagger.data.quarantine import (
+    SYSTEM_CLOCK,
+    Clock,
+    Refusal,
+    UndecodableFile,
+    read_with_facts,
+    retry_transient,
+)
+from tagger.data.quarantine_log import KnownBad
 from tagger.data.ragged import gather, pack
 from tagger.data.sampler import RowSampler
+from tagger.data.scan import printable
 from tagger.preprocess import Preprocess
 
 Rows = NDArray[np.int64]
@@ -93,12 +103,24 @@ class Mirroring:
 
 
 @dataclass(frozen=True)
+class LoadedImage:
+    """content_size: (height, width) of the image inside the model's form. partial: pixels are missing, and that was
+    allowed. mended: the file was in quarantine and has changed.
+    """
+
+    content_size: tuple[int, int]
+    partial: bool
+    mended: bool
+
+
+@dataclass(frozen=True)
 class ImageSource:
-    """From a row to its pixels in the model's form. `max_pixels` caps width x height, checked before decoding."""
+    """From a row to its pixels in the model's form. `known_bad` are files that are refused without reading them."""
 
     index: MetadataIndex
     preprocess: Preprocess
-    max_pixels: int
+    decoding: DecodeOptions
+    known_bad: KnownBad = field(default_factory=KnownBad)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -106,14 +128,21 @@ class ImageSource:
         side = self.preprocess.image_size
         return 3, side, side
 
-    def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> tuple[int, int]:
-        """Fill `memory`, uint8 [3, H, W], with a row's image; returns (height, width) of its content.
+    def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> LoadedImage:
+        """Fill `memory`, uint8 [3, H, W], with a row's image.
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
-        content = read_image_file(self.index.image_path(row))
-        pixels = decode_image(content, background=self.preprocess.background, max_pixels=self.max_pixels)
-        return self.preprocess.apply_into(pixels, memory, mirror=mirror)
+        path = self.index.image_path(row)
+        name = printable(path)
+        suspect = self.known_bad.knows(name)
+        content, facts = read_with_facts(path, partial(self.known_bad.reason, name) if suspect else None)
+        try:
+            decoded = decode(content, self.decoding, self.preprocess.content_size)
+        except DecodeError as error:
+            raise UndecodableFile(error, facts, content) from error
+        size = self.preprocess.apply_into(decoded.pixels, memory, mirror=mirror, full_size=decoded.full_size)
+        return LoadedImage(size, decoded.partial, suspect)
 
 
 @dataclass(frozen=True)
@@ -125,6 +154,7 @@ class BatchSource:
     sampler: RowSampler
     mirroring: Mirroring | None
     held_out: Flags
+    clock: Clock = SYSTEM_CLOCK
 
     @property
     def refills(self) -> bool:
@@ -134,10 +164,12 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one attempt to use a row: `refused` is None where its image was used."""
+    """What became of one attempt to use a row: `refused` is None where its image was used. Flags as in LoadedImage."""
 
     path: Path
-    refused: RefusedImage | None
+    refused: Refusal | None
+    partial: bool = False
+    mended: bool = False
 
 
 @dataclass(frozen=True)
@@ -223,12 +255,12 @@ class BatchJob:
         row = int(self._rows[item])
         path = self._source.table.index.image_path(row)
 
-        def load() -> None:
-            mirror = bool(self._mirrored[item])
-            self._sizes[item] = self._source.images.load_into(row, self._memory[item], mirror=mirror)
+        def load() -> LoadedImage:
+            return self._source.images.load_into(row, self._memory[item], mirror=bool(self._mirrored[item]))
 
         try:
-            retry_transient(load, path, self._stopping)
+            loaded = retry_transient(load, path, self._stopping, clock=self._source.clock)
         except RefusedImage as error:
-            return Outcome(path, error)
-        return Outcome(path, None)
+            return Outcome(path, Refusal.of(path, error))
+        self._sizes[item] = loaded.content_size
+        return Outcome(path, None, loaded.partial, loaded.mended)

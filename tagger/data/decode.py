@@ -8,6 +8,7 @@ for, and then say so.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ __all__ = [
     "RefusedImage",
     "decode",
     "decode_image",
+    "describe_decoder",
     "exif_orientation",
     "sniff_format",
 ]
@@ -33,6 +35,9 @@ Pixels = NDArray[np.uint8]
 
 # Goes up when bytes that were refused before may be decoded now: what an older decoder refused is then tried again.
 DECODER_VERSION = 2
+
+# Share of the rows of a partial image that may be missing.
+_MOST_MISSING = 0.5
 
 _FAST: dict[str, Callable[[bytes, Colour, int], tuple[Pixels, int] | None]] = {"PNG": decode_png, "WebP": decode_webp}
 
@@ -43,7 +48,7 @@ class DecodeOptions:
 
     background: RGB 0..255 behind transparency. max_pixels: cap of width x height, checked before decoding.
     dct_scaling: JPEG scaled by 2, 4 or 8 inside its decoder, where at least 2x ("safe") or 1x ("tight") the target is
-    left; "off": never. partial: truncated files give what there is of them.
+    left; "off": never. partial: truncated files give what there is of them, if that is half of their rows.
     """
 
     background: Colour = (255, 255, 255)
@@ -69,6 +74,12 @@ class Decoded:
     partial: bool
 
 
+def describe_decoder(options: DecodeOptions) -> str:
+    """What decides whether bytes are refused: this module, its libraries, and the options that refuse."""
+    libraries = (f"{name}-{version(name)}" for name in ("simplejpeg", "imagecodecs", "pillow"))
+    return " ".join((str(DECODER_VERSION), *libraries, f"max_pixels={options.max_pixels} partial={options.partial}"))
+
+
 def decode_image(
     content: bytes,
     *,
@@ -79,7 +90,7 @@ def decode_image(
     partial: bool = False,
 ) -> Pixels:
     """`decode` for callers that know the target (height, width) of the upright image, or want it in full (None)."""
-    fit = None if target is None else lambda height, width: target  # noqa: ARG005
+    fit = None if target is None else lambda *_: target
     return decode(content, DecodeOptions(background, max_pixels, dct_scaling, partial), fit).pixels
 
 
@@ -98,12 +109,9 @@ def decode(content: bytes, options: DecodeOptions, fit: Fit | None = None) -> De
         if not options.partial or refusal.reason == "too many pixels":
             raise
         try:
-            found = _decode(content, kind, options, fit, partial=True)
+            return _decode(content, kind, options, fit, partial=True)
         except DecodeError:
             raise refusal from None
-        if (found.pixels == found.pixels[0, 0]).all():
-            raise  # the end came before the first pixel
-        return found
 
 
 def _decode(content: bytes, kind: str, options: DecodeOptions, fit: Fit | None, *, partial: bool) -> Decoded:
@@ -111,8 +119,8 @@ def _decode(content: bytes, kind: str, options: DecodeOptions, fit: Fit | None, 
         if kind == "JPEG":
             jpeg = decode_jpeg(content, options.max_pixels, fit, options.dct_scaling, partial=partial)
             if jpeg is not None:
-                pixels, orientation, size = jpeg
-                return Decoded(np.ascontiguousarray(_upright(pixels, orientation)), size, partial)
+                stored, orientation, size = jpeg
+                return _finish(stored, orientation, size, partial=partial)
         fast = _FAST[kind](content, options.background, options.max_pixels) if kind in _FAST else None
         stored, orientation = fast or decode_pillow(
             content, kind, options.background, options.max_pixels, partial=partial
@@ -121,8 +129,15 @@ def _decode(content: bytes, kind: str, options: DecodeOptions, fit: Fit | None, 
         raise
     except Exception as error:
         raise broken(kind, error) from error
-    pixels = np.ascontiguousarray(_upright(stored, orientation))
-    return Decoded(pixels, (pixels.shape[0], pixels.shape[1]), partial)
+    height, width = stored.shape[:2]
+    return _finish(stored, orientation, (width, height) if orientation >= 5 else (height, width), partial=partial)
+
+
+def _finish(stored: Pixels, orientation: int, full_size: tuple[int, int], *, partial: bool) -> Decoded:
+    # Decoders leave the rows that they did not reach all alike: the last ones, or the first ones of a BMP.
+    if partial and any((stored == stored[edge]).all((1, 2)).mean() > _MOST_MISSING for edge in (0, -1)):
+        raise DecodeError("truncated", "most of it is missing")
+    return Decoded(np.ascontiguousarray(_upright(stored, orientation)), full_size, partial)
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
