@@ -206,7 +206,9 @@ class DataLoader:
         self._budget = budget or FailureBudget(len(rows))
         self.dataset = dataset
         self.options = options
-        self._quarantine = quarantine or Quarantine(None, describe_decoder(options.decoding))
+        if quarantine is None:
+            quarantine = Quarantine(None, describe_decoder(options.decoding))
+        self._quarantine = quarantine
         self._partial: dict[str, None] = {}
         images = ImageSource(dataset.index, options.preprocess, options.decoding)
         self._source = BatchSource(dataset.table, images, RowSampler(rows, seed), mirroring, never)
@@ -316,7 +318,7 @@ class DataLoader:
         counts.update({"partial": len(self._partial)})
         if counts.total():
             listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common() if count)
-            logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, len(self._quarantine))
+            logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, self._quarantine.num_files)
 
     def _judge(self, prepared: PreparedBatch) -> None:
         """Count what was used and what was refused; raises DataFailureError past the failure budget."""

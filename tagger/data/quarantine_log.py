@@ -69,7 +69,9 @@ class Quarantine:
         if path is not None and path.exists():
             self._read(path)
 
-    def __len__(self) -> int:
+    @property
+    def num_files(self) -> int:
+        """Files that are quarantined now."""
         return len(self.known_bad().entries)
 
     def known_bad(self) -> KnownBad:

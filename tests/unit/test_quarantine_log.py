@@ -31,11 +31,11 @@ def log(tmp_path: Path) -> Path:
 def test_the_same_bytes_must_fail_twice(log: Path) -> None:
     quarantine = Quarantine(log, "1")
     quarantine.record(failure())
-    assert not quarantine.is_known_bad("/a/b.jpg", FACTS) and len(quarantine) == 0
+    assert not quarantine.is_known_bad("/a/b.jpg", FACTS) and quarantine.num_files == 0
     quarantine.record(failure(content=b"other bytes"))
     assert not quarantine.is_known_bad("/a/b.jpg", FACTS)
     quarantine.record(failure(content=b"other bytes"))
-    assert quarantine.is_known_bad("/a/b.jpg", FACTS) and len(quarantine) == 1
+    assert quarantine.is_known_bad("/a/b.jpg", FACTS) and quarantine.num_files == 1
     assert quarantine.known_bad().reason("/a/b.jpg", FACTS) == "truncated"
 
 
@@ -97,7 +97,7 @@ def test_missing_and_unreadable_files_are_not_recorded(log: Path) -> None:
     quarantine = Quarantine(log, "1")
     for _ in range(3):
         quarantine.record(Refusal.of(Path("/a/b.jpg"), UnreadableFile("missing")))
-    assert not log.exists() and len(quarantine) == 0
+    assert not log.exists() and quarantine.num_files == 0
 
 
 @pytest.mark.parametrize("keep", [1, 5, -1, -2, -20])
@@ -107,7 +107,7 @@ def test_a_torn_last_line_is_dropped_and_overwritten(log: Path, keep: int) -> No
     quarantine.record(failure("/a/1.jpg"))
     log.write_bytes(log.read_bytes()[:keep])
     again = Quarantine(log, "1")
-    assert len(again) == 0
+    assert again.num_files == 0
     for _ in range(2):
         again.record(failure("/a/2.jpg"))
     assert Quarantine(log, "1").is_known_bad("/a/2.jpg", FACTS)
