@@ -318,7 +318,8 @@ class DataLoader:
         counts.update({"partial": len(self._partial)})
         if counts.total():
             listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common() if count)
-            logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, self._quarantine.num_files)
+            known = self._quarantine.num_files
+            logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, known)
 
     def _judge(self, prepared: PreparedBatch) -> None:
         """Count what was used and what was refused; raises DataFailureError past the failure budget."""

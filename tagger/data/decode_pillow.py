@@ -22,6 +22,8 @@ from tagger.data.image_header import (
 
 Pixels = NDArray[np.uint8]
 
+_ROW_BY_ROW = ("PNG", "GIF", "BMP")
+
 
 def decode_pillow(
     content: bytes, kind: str, background: Colour, max_pixels: int, *, partial: bool = False
@@ -29,7 +31,7 @@ def decode_pillow(
     """(uint8 [H, W, 3] RGB, EXIF orientation still to be undone). Raises DecodeError and whatever Pillow raises.
 
     `partial` takes the rows in front of the end of a truncated file, in the formats that Pillow decodes row by row
-    (PNG, GIF, BMP); the others are refused as without it.
+    (_ROW_BY_ROW); the others are refused as without it.
     """
     check_supported(kind)
     if kind == "WebP":
@@ -37,7 +39,7 @@ def decode_pillow(
         check_size(*webp_canvas(content), max_pixels)
     with PILLOW_PLUGINS[kind](BytesIO(content)) as image:
         check_size(image.width, image.height, max_pixels)
-        _load(image, partial=partial)
+        _load(image, partial=partial and kind in _ROW_BY_ROW)
         exif = image.info.get("exif")
         # Pillow turns TIFF images itself while loading them.
         orientation = exif_orientation(exif) if isinstance(exif, bytes) and kind != "TIFF" else 1

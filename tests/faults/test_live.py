@@ -279,6 +279,7 @@ print(*reasons, train._quarantine.num_files)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="file modes do not lock files on Windows")
 def test_files_without_read_rights_are_left_out_until_they_have_them() -> None:
     # Below /tmp itself: pytest's own folders are closed to other users.
