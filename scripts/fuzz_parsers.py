@@ -25,9 +25,21 @@ from tagger.data.sidecar import SidecarError, parse_extra_fields, parse_sidecar
 from tagger.files import FormatError
 from vocabulary import TagVocabulary
 
+ROOT = Path(__file__).resolve().parent.parent
 _MAX_PIXELS = 1 << 18
 _EXTRA_FIELDS = parse_extra_fields(("categories",))
 _SLOWEST_INPUT_S = 10
+# The fuzzing process: the readers' code is instrumented as it is imported (everything at once takes minutes), and
+# libFuzzer ends the process.
+_INSIDE = """
+import sys
+import atheris
+with atheris.instrument_imports(include=["tagger", "vocabulary", "orientation_handler", "PIL"]):
+    from scripts.fuzz_parsers import PARSERS
+parser = PARSERS[sys.argv.pop(1)]
+atheris.Setup(sys.argv, parser)
+atheris.Fuzz()
+"""
 _scratch: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -134,15 +146,6 @@ def _as_file(content: bytes, name: str) -> Path:
     return path
 
 
-def _fuzz_here(parser: str, options: Sequence[str]) -> None:
-    """Hand this process over to libFuzzer, which ends it."""
-    import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], *options], PARSERS[parser])
-    atheris.Fuzz()
-
-
 def _fuzz_apart(parser: str, arguments: argparse.Namespace) -> bool:
     """Whether a process of its own found nothing."""
     with tempfile.TemporaryDirectory(prefix="tagsmith-corpus-") as corpus:
@@ -158,8 +161,8 @@ def _fuzz_apart(parser: str, arguments: argparse.Namespace) -> bool:
             f"-artifact_prefix={findings}/",
             "-print_final_stats=1",
         ]
-        command = [sys.executable, "-m", "scripts.fuzz_parsers", parser, "--inside", *options]
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        command = [sys.executable, "-c", _INSIDE, parser, *options]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
     stats = dict(
         line.removeprefix("stat::").split(":", 1) for line in run.stderr.splitlines() if line.startswith("stat::")
     )
@@ -179,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=60, help="time for each parser")
     parser.add_argument("--rss-mb", type=int, default=512, help="more memory than this is a finding")
     parser.add_argument("--findings", default="findings", help="folder for inputs that a parser stumbles over")
-    parser.add_argument("--inside", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.parsers if name not in PARSERS]
     if unknown:
@@ -188,8 +190,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed; on Linux: bash scripts/setup_env.sh --extras fuzz", file=sys.stderr)
         return 2
-    if arguments.inside is not None:
-        _fuzz_here(arguments.parsers[0], arguments.inside)
     outcomes = [_fuzz_apart(name, arguments) for name in arguments.parsers or PARSERS]
     return 0 if all(outcomes) else 1
 

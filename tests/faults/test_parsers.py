@@ -91,7 +91,8 @@ def test_a_missing_fuzzer_is_one_clear_line(
 # What a finding looks like to the command, with a stand-in for the fuzzer where it is not installed.
 STAND_IN = """
 import sys
-def instrument_all(): pass
+from contextlib import nullcontext
+def instrument_imports(include): return nullcontext()
 def Setup(argv, function):
     global given
     given = argv, function
