@@ -63,6 +63,7 @@ class DataSection:
     image_size: int = 224
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     max_megapixels: float = 200.0
+    num_processes: int | None = None
     num_threads: int | None = None
     prefetch_batches: int = 4
 
@@ -74,6 +75,7 @@ class DataSection:
             num_threads=self.num_threads,
             prefetch_batches=self.prefetch_batches,
         )
+        not_negative("data", num_processes=self.num_processes)
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),

@@ -7,7 +7,6 @@ AssertionError, to touch a row that is held out.
 
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from tagger.batch import Batch
 from tagger.data.decode import RefusedImage, decode_image
 from tagger.data.index import MetadataIndex
-from tagger.data.prefetch import BufferPool
 from tagger.data.quarantine import read_image_file, retry_transient
 from tagger.data.ragged import gather, pack
 from tagger.data.sampler import RowSampler
@@ -132,11 +130,18 @@ class BatchSource:
         return self.sampler.seed is not None
 
 
+class BatchMemory(Protocol):
+    """Where batches get the memory of their images."""
+
+    def take(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, NDArray[np.uint8]]:
+        """A uint8 tensor of a shape, contents undefined, and the same memory as an array to fill it through."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one attempt to use a row: `refused` is None where its image was used."""
+    """What became of one attempt to use a row of the index: `refused` is None where its image was used."""
 
-    path: Path
+    row: int
     refused: RefusedImage | None
 
 
@@ -153,7 +158,7 @@ class BatchJob:
     """One batch: samples `start` to `stop` of an epoch. A `tagger.data.prefetch.Job`."""
 
     def __init__(
-        self, source: BatchSource, pool: BufferPool, stopping: threading.Event, epoch: int, start: int, stop: int
+        self, source: BatchSource, memory: BatchMemory, stopping: threading.Event, epoch: int, start: int, stop: int
     ) -> None:
         self._source = source
         self._stopping = stopping
@@ -161,7 +166,7 @@ class BatchJob:
         self._start = start
         self._rows = source.sampler.rows_at(epoch, start, stop)
         self._mirrored, self._vetoed = self._decide(self._rows)
-        self._images, self._memory = pool.take((len(self._rows), *source.images.shape))
+        self._images, self._memory = memory.take((len(self._rows), *source.images.shape))
         self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
         self._outcomes: list[Outcome | None] = [None] * len(self._rows)
 
@@ -221,14 +226,16 @@ class BatchJob:
 
     def _prepare(self, item: int) -> Outcome:
         row = int(self._rows[item])
-        path = self._source.table.index.image_path(row)
-
-        def load() -> None:
-            mirror = bool(self._mirrored[item])
-            self._sizes[item] = self._source.images.load_into(row, self._memory[item], mirror=mirror)
-
         try:
-            retry_transient(load, path, self._stopping)
+            try:
+                self._load(item)
+            except (OSError, MemoryError):
+                path = self._source.images.index.image_path(row)
+                retry_transient(lambda: self._load(item), path, self._stopping)
         except RefusedImage as error:
-            return Outcome(path, error)
-        return Outcome(path, None)
+            return Outcome(row, error)
+        return Outcome(row, None)
+
+    def _load(self, item: int) -> None:
+        row, mirror = int(self._rows[item]), bool(self._mirrored[item])
+        self._sizes[item] = self._source.images.load_into(row, self._memory[item], mirror=mirror)
