@@ -65,6 +65,7 @@ class DataSection:
     max_megapixels: float = 200.0
     decode_scaling: Literal["safe", "tight", "off"] = "safe"
     partial_images: bool = False
+    num_processes: int | None = None
     num_threads: int | None = None
     prefetch_batches: int = 4
 
@@ -76,6 +77,7 @@ class DataSection:
             num_threads=self.num_threads,
             prefetch_batches=self.prefetch_batches,
         )
+        not_negative("data", num_processes=self.num_processes)
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),

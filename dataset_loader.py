@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from Configuration_System import DataSection, FullConfig, OrientationSection
@@ -23,9 +24,10 @@ from tagger.batch import Batch
 from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
 from tagger.data.decode import DecodeOptions, describe_decoder
 from tagger.data.index import MetadataIndex, open_index
-from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads
+from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads, num_cores
 from tagger.data.quarantine import FailureBudget, Refusal
-from tagger.data.quarantine_log import Quarantine
+from tagger.data.quarantine_log import KnownBad, Quarantine
+from tagger.data.ring import LoaderRing, RingPass, default_num_processes
 from tagger.data.sampler import RowSampler, hash_rows
 from tagger.data.scan import printable
 from tagger.data.split import split_rows
@@ -103,8 +105,9 @@ class LoadOptions:
     """How a loader prepares images.
 
     max_pixels: cap of width x height, checked before decoding. partial_images: truncated files give what there is of
-    them. num_threads: decoding threads (None: by the machine).
-    prefetch_batches: batches prepared ahead; each takes 3 * image_size ** 2 bytes an image.
+    them. num_threads: decoding threads in all (None: by the machine). prefetch_batches: batches prepared ahead; each
+    takes 3 * image_size ** 2 bytes an image. num_processes: loader processes that the threads are spread over (0: this
+    one). pin_memory: page-lock their memory for CUDA.
     """
 
     preprocess: Preprocess
@@ -112,6 +115,8 @@ class LoadOptions:
     partial_images: bool = False
     num_threads: int | None = None
     prefetch_batches: int = 4
+    num_processes: int = 0
+    pin_memory: bool = False
 
     @property
     def decoding(self) -> DecodeOptions:
@@ -120,31 +125,60 @@ class LoadOptions:
         return DecodeOptions(preprocess.background, self.max_pixels, preprocess.decode_scaling, self.partial_images)
 
     @classmethod
-    def from_config(cls, section: DataSection) -> "LoadOptions":
-        """The configured options; training, validation and the saved model share their `preprocess`."""
+    def from_config(cls, section: DataSection, *, on_cuda: bool = False) -> "LoadOptions":
+        """The configured options; training, validation and the saved model share their `preprocess`.
+
+        `on_cuda` says where the batches go: it decides the number of processes that the configuration leaves open.
+        """
         red, green, blue = section.background
+        num_processes, reason = section.num_processes, "as configured"
+        if num_processes is None:
+            num_processes, reason = default_num_processes(num_cores(), on_cuda=on_cuda)
+        num_threads = section.num_threads or default_num_threads(num_processes)
+        place = f"{num_processes} loader processes" if num_processes else "threads of this process"
+        logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
         return cls(
             Preprocess(
                 image_size=section.image_size, background=(red, green, blue), decode_scaling=section.decode_scaling
             ),
             int(section.max_megapixels * 1_000_000),
             section.partial_images,
-            section.num_threads,
+            num_threads,
             section.prefetch_batches,
+            num_processes,
+            on_cuda,
         )
 
 
 class ImagePreFetcher:
-    """Iterator over the batches of an epoch that begin at the samples `starts`, decoded and prepared in threads."""
+    """Iterator over the batches of an epoch that begin at the samples `starts`, decoded and prepared in the background.
 
-    def __init__(self, source: BatchSource, options: LoadOptions, epoch: int, starts: range) -> None:
+    In the processes of `ring` where there is one with no pass open, else in threads of this process.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        options: LoadOptions,
+        epoch: int,
+        starts: range,
+        known_bad: KnownBad,
+        ring: LoaderRing | None = None,
+    ) -> None:
+        """`known_bad`: files that are refused without reading them."""
         num_rows = len(source.sampler)
+        stops = (min(start + starts.step, num_rows) for start in starts)
+        spans = zip(starts, stops, strict=True)
+        self._inner: OrderedPrefetcher[PreparedBatch] | RingPass
+        if ring is not None and not ring.busy:
+            self._inner = ring.begin(epoch, spans, known_bad)
+            return
+        source = replace(source, images=replace(source.images, known_bad=known_bad))
         # Those in flight, and two in the hands of the consumer.
         pool = BufferPool(min(starts.step, num_rows) * math.prod(source.images.shape), options.prefetch_batches + 2)
         stopping = threading.Event()
-        stops = (min(start + starts.step, num_rows) for start in starts)
         self._inner = OrderedPrefetcher(
-            (BatchJob(source, pool, stopping, epoch, *span) for span in zip(starts, stops, strict=True)),
+            (BatchJob(source, pool, stopping, epoch, *span) for span in spans),
             num_threads=options.num_threads or default_num_threads(),
             max_in_flight=options.prefetch_batches,
             stopping=stopping,
@@ -159,11 +193,11 @@ class ImagePreFetcher:
         return self
 
     def __next__(self) -> PreparedBatch:
-        """The next batch. Raises StorageError after an outage."""
+        """The next batch. Raises StorageError after an outage, LoaderProcessError when processes keep dying."""
         return next(self._inner)
 
     def close(self) -> None:
-        """Stop the threads and wait for them."""
+        """Stop the threads and wait for them; processes drop what they are at."""
         self._inner.close()
 
 
@@ -179,6 +213,9 @@ class DataLoader:
     gives the same epoch again. It raises DataFailureError past the failure budget, StorageError after an outage.
     `position` resumes after its batch. It counts samples, not batches, so a resume may change the batch size.
     `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out.
+
+    Loader processes start with the first iteration and stay until `close`, or until the loader is collected. A second
+    iteration beside one that is still open loads in threads.
     """
 
     def __init__(
@@ -218,6 +255,7 @@ class DataLoader:
             "rows": len(rows),
             "rows_hash": hash_rows(dataset.index.image_ids, rows),
         }
+        self._ring: LoaderRing | None = None
         self._epoch = 0
         self._start = 0
         self.wait_seconds = 0.0
@@ -296,8 +334,8 @@ class DataLoader:
     def _batches(self, epoch: int, starts: range) -> Iterator[tuple[Batch, Position]]:
         if not starts:
             return
-        images = replace(self._source.images, known_bad=self._quarantine.known_bad())
-        prefetcher = ImagePreFetcher(replace(self._source, images=images), self.options, epoch, starts)
+        known_bad = self._quarantine.known_bad()
+        prefetcher = ImagePreFetcher(self._source, self.options, epoch, starts, known_bad, self._open_ring())
         try:
             for start in starts:
                 waited = prefetcher.wait_seconds
@@ -321,18 +359,38 @@ class DataLoader:
             known = self._quarantine.num_files
             logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, known)
 
+    def close(self) -> None:
+        """End the loader processes; another iteration starts them again."""
+        if self._ring is not None:
+            self._ring.close()
+        self._ring = None
+
+    def _open_ring(self) -> LoaderRing | None:
+        options = self.options
+        if self._ring is None and options.num_processes:
+            self._ring = LoaderRing(
+                self._source,
+                num_processes=options.num_processes,
+                num_threads=options.num_threads or default_num_threads(options.num_processes),
+                max_in_flight=options.prefetch_batches,
+                batch_bytes=min(self._batch_size, self.num_rows) * math.prod(self._source.images.shape),
+                pin=options.pin_memory,
+            )
+        return self._ring
+
     def _judge(self, prepared: PreparedBatch) -> None:
         """Count what was used and what was refused; raises DataFailureError past the failure budget."""
         for outcome in prepared.outcomes:
+            path = self.dataset.index.image_path
             if outcome.refused is not None:
                 self._quarantine.record(outcome.refused)
                 self._budget.refuse(outcome.refused)
                 continue
             self._budget.accept()
             if outcome.partial:
-                self._partial[printable(outcome.path)] = None
+                self._partial[printable(path(outcome.row))] = None
             if outcome.mended:
-                self._quarantine.clear(printable(outcome.path))
+                self._quarantine.clear(printable(path(outcome.row)))
 
     def _position(self, samples: int, epoch: int = 0) -> Position:
         return {"epoch": epoch, "samples": samples, **self._identity}
@@ -393,7 +451,8 @@ def create_dataloaders(
     )
     val_list = Path(data.val_list) if data.val_list is not None else None
     split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
-    options = LoadOptions.from_config(data)
+    on_cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
+    options = LoadOptions.from_config(data, on_cuda=on_cuda)
     quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding))
     train = DataLoader(
         dataset,

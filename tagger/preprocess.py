@@ -29,8 +29,8 @@ class Preprocess:
     background: RGB 0..255 of the bars and behind transparency.
     mean, std: per channel, of the range 0..1; the model subtracts and divides, `apply` does not.
     interpolation: torch's antialiased bicubic on uint8. fit: keep the aspect ratio, longest side = image_size.
-    decode_scaling: how far a JPEG may be scaled in its decoder (see DecodeOptions); it moves pixels (tight: about 35 dB), so
-    a model keeps to what it was trained with.
+    decode_scaling: how far a JPEG may be scaled in its decoder (see DecodeOptions); it moves pixels (tight: about
+    35 dB), so a model keeps to what it was trained with.
     """
 
     image_size: int

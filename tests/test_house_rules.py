@@ -47,6 +47,8 @@ BROAD_EXCEPT_ALLOWED = {
     ("tagger.checkpoint.writer", "_run"),
     ("tagger.data.prefetch", "_plan"),
     ("tagger.data.prefetch", "_fill"),
+    ("tagger.data.loader_process", "_report_next"),
+    ("tagger.data.messages", "of"),
 }
 
 
@@ -300,7 +302,10 @@ def test_print_stays_in_commands() -> None:
 
 @pytest.mark.parametrize("word", ["pickle", "torch.load", "torch.save", "weights_only"])
 def test_nothing_is_pickled(word: str) -> None:
+    """Except between a loader and the processes that it started: nothing that another hand could have written."""
     for path in python_files("tagger", "scripts"):
+        if word == "pickle" and name_of(path) == "tagger.data.messages":
+            continue
         code = ast.dump(tree_of(path))
         module, _, attribute = word.partition(".")
         if attribute:

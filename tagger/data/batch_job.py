@@ -8,7 +8,6 @@ AssertionError, to touch a row that is held out.
 import threading
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from tagger.batch import Batch
 from tagger.data.decode import DecodeError, DecodeOptions, RefusedImage, decode
 from tagger.data.index import MetadataIndex
-from tagger.data.prefetch import BufferPool
 from tagger.data.quarantine import (
     SYSTEM_CLOCK,
     Clock,
@@ -162,11 +160,21 @@ class BatchSource:
         return self.sampler.seed is not None
 
 
+class BatchMemory(Protocol):
+    """Where batches get the memory of their images."""
+
+    def take(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, NDArray[np.uint8]]:
+        """A uint8 tensor of a shape, contents undefined, and the same memory as an array to fill it through."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one attempt to use a row: `refused` is None where its image was used. Flags as in LoadedImage."""
+    """What became of one attempt to use a row of the index: `refused` is None where its image was used.
 
-    path: Path
+    Flags as in LoadedImage.
+    """
+
+    row: int
     refused: Refusal | None
     partial: bool = False
     mended: bool = False
@@ -185,7 +193,7 @@ class BatchJob:
     """One batch: samples `start` to `stop` of an epoch. A `tagger.data.prefetch.Job`."""
 
     def __init__(
-        self, source: BatchSource, pool: BufferPool, stopping: threading.Event, epoch: int, start: int, stop: int
+        self, source: BatchSource, memory: BatchMemory, stopping: threading.Event, epoch: int, start: int, stop: int
     ) -> None:
         self._source = source
         self._stopping = stopping
@@ -193,7 +201,7 @@ class BatchJob:
         self._start = start
         self._rows = source.sampler.rows_at(epoch, start, stop)
         self._mirrored, self._vetoed = self._decide(self._rows)
-        self._images, self._memory = pool.take((len(self._rows), *source.images.shape))
+        self._images, self._memory = memory.take((len(self._rows), *source.images.shape))
         self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
         self._outcomes: list[Outcome | None] = [None] * len(self._rows)
 
@@ -253,14 +261,18 @@ class BatchJob:
 
     def _prepare(self, item: int) -> Outcome:
         row = int(self._rows[item])
-        path = self._source.table.index.image_path(row)
-
-        def load() -> LoadedImage:
-            return self._source.images.load_into(row, self._memory[item], mirror=bool(self._mirrored[item]))
-
+        path = self._source.images.index.image_path
         try:
-            loaded = retry_transient(load, path, self._stopping, clock=self._source.clock)
+            try:
+                loaded = self._load(item)
+            except (OSError, MemoryError):
+                clock = self._source.clock
+                loaded = retry_transient(lambda: self._load(item), path(row), self._stopping, clock=clock)
         except RefusedImage as error:
-            return Outcome(path, Refusal.of(path, error))
+            return Outcome(row, Refusal.of(path(row), error))
         self._sizes[item] = loaded.content_size
-        return Outcome(path, None, loaded.partial, loaded.mended)
+        return Outcome(row, None, loaded.partial, loaded.mended)
+
+    def _load(self, item: int) -> LoadedImage:
+        row, mirror = int(self._rows[item]), bool(self._mirrored[item])
+        return self._source.images.load_into(row, self._memory[item], mirror=mirror)

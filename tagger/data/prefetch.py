@@ -45,10 +45,15 @@ class Job(Protocol[T_co]):
         """The result, once every item is filled."""
 
 
-def default_num_threads() -> int:
-    """Decode threads for this machine: its cores that this process may use, at most 8."""
+def num_cores() -> int:
+    """Cores that this process may use."""
     affinity = vars(os).get("sched_getaffinity")
-    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def default_num_threads(num_processes: int = 0) -> int:
+    """Decode threads for this machine: one a core, at most 8 in each of the processes that they are spread over."""
+    return min(8 * max(num_processes, 1), num_cores())
 
 
 class BufferPool:
