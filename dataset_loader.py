@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ from Configuration_System import DataSection, FullConfig, OrientationSection
 from orientation_handler import MirrorCoin, OrientationHandler
 from tagger.batch import Batch
 from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
+from tagger.data.batch_plan import Grouping, Spans, create_plan
+from tagger.data.image_sizes import index_sizes
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.sampler import RowSampler, hash_rows
 from tagger.data.split import split_rows
+from tagger.data.weighting import class_aware_sampler, weighted_sampler
 from tagger.errors import InputError
 from tagger.preprocess import Preprocess
 from vocabulary import DEFAULT_INDEX_DIR, RATING_TAGS, TagVocabulary
@@ -50,6 +54,11 @@ class _IndexedImages:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.uint32]:
+        """uint32 [N, 2]: (width, height) of each row's image as it is seen, 0 where unknown."""
+        return index_sizes(self.index)
 
 
 def _absent_as_minus_1(numbers: list[int | None]) -> NDArray[np.int64]:
@@ -108,11 +117,11 @@ class LoadOptions:
     prefetch_batches: int = 4
 
     @classmethod
-    def from_config(cls, section: DataSection) -> "LoadOptions":
+    def from_config(cls, section: DataSection, patch_size: int) -> "LoadOptions":
         """The configured options; training, validation and the saved model share their `preprocess`."""
         red, green, blue = section.background
         return cls(
-            Preprocess(image_size=section.image_size, background=(red, green, blue)),
+            Preprocess.create(section.image_size, section.fit, patch_size, (red, green, blue)),
             int(section.max_megapixels * 1_000_000),
             section.num_threads,
             section.prefetch_batches,
@@ -120,16 +129,15 @@ class LoadOptions:
 
 
 class ImagePreFetcher:
-    """Iterator over the batches of an epoch that begin at the samples `starts`, decoded and prepared in threads."""
+    """Iterator over the batches of an epoch in `spans`, decoded and prepared in threads."""
 
-    def __init__(self, source: BatchSource, options: LoadOptions, epoch: int, starts: range) -> None:
-        num_rows = len(source.sampler)
+    def __init__(self, source: BatchSource, options: LoadOptions, epoch: int, spans: Spans) -> None:
+        largest = min(source.plan.batch_size, len(source.sampler))
         # Those in flight, and two in the hands of the consumer.
-        pool = BufferPool(min(starts.step, num_rows) * math.prod(source.images.shape), options.prefetch_batches + 2)
+        pool = BufferPool(largest * math.prod(source.images.shape), options.prefetch_batches + 2)
         stopping = threading.Event()
-        stops = (min(start + starts.step, num_rows) for start in starts)
         self._inner = OrderedPrefetcher(
-            (BatchJob(source, pool, stopping, epoch, *span) for span in zip(starts, stops, strict=True)),
+            (BatchJob(source, pool, stopping, epoch, span.start, span.stop) for span in spans),
             num_threads=options.num_threads or default_num_threads(),
             max_in_flight=options.prefetch_batches,
             stopping=stopping,
@@ -159,10 +167,12 @@ class DataLoader:
     its last incomplete batch; where there are fewer rows than `batch_size`, it is one batch of all of them.
     Validation (`seed` None): every row once, in the order of the index, the last batch smaller, refused images left
     out.
+    With aspect buckets every batch has one shape; validation is in the order of the buckets, then of the index.
 
     Iterating yields (batch, position) for the current epoch, from where `seek` went or from its start; iterating again
     gives the same epoch again. It raises DataFailureError past the failure budget, StorageError after an outage.
-    `position` resumes after its batch. It counts samples, not batches, so a resume may change the batch size.
+    `position` resumes after its batch. It counts samples, of all ranks together, not batches, so a resume may change
+    the batch size and the number of ranks; `BucketPlan` says what that means with aspect buckets.
     `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out.
     """
 
@@ -177,8 +187,15 @@ class DataLoader:
         seed: int | None = None,
         mirroring: Mirroring | None = None,
         budget: FailureBudget | None = None,
+        sampler: RowSampler | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served."""
+        """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served.
+
+        sampler: another order of `rows` and `seed` than each row once. rank, world_size: serve one of the equal shares
+        of each step; `batch_size` is that of one rank.
+        """
         if not len(rows) or batch_size < 1:
             raise ValueError(f"{len(rows)} rows in batches of {batch_size}: each must be at least 1")
         never = np.zeros(len(dataset), dtype=np.bool_) if held_out is None else held_out
@@ -188,12 +205,16 @@ class DataLoader:
         self.dataset = dataset
         self.options = options
         images = ImageSource(dataset.index, options.preprocess, options.max_pixels)
-        self._source = BatchSource(dataset.table, images, RowSampler(rows, seed), mirroring, never)
-        self._batch_size = batch_size
+        sampler = sampler or RowSampler(rows, seed)
+        assert sampler.seed == seed and len(sampler) == len(rows)
+        sizes = dataset.sizes if options.preprocess.shapes else None
+        plan = create_plan(sampler, options.preprocess, batch_size, sizes, rank=rank, world_size=world_size)
+        self._source = BatchSource(dataset.table, images, plan, mirroring, never)
         self._identity = {
             "seed": -1 if seed is None else seed,
             "rows": len(rows),
             "rows_hash": hash_rows(dataset.index.image_ids, rows),
+            "sampling": sampler.scheme,
         }
         self._epoch = 0
         self._start = 0
@@ -223,12 +244,12 @@ class DataLoader:
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return len(self._starts(0))
+        return len(self._source.plan.spans(0))
 
     @property
     def batches_remaining(self) -> int:
         """Batches that iterating gives now; in validation one of refused images alone is not given."""
-        return len(self._starts(self._start))
+        return len(self._source.plan.spans(self._start))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch. In the current one it changes nothing, so a `seek` before it stands."""
@@ -238,39 +259,50 @@ class DataLoader:
     def seek(self, position: Mapping[str, int]) -> None:
         """Go to where a position was given out; iterate next, or take `batches_remaining` 0 as the epoch's end.
 
-        Raises PositionError when the position belongs to another seed or other rows.
+        With aspect buckets at another batch size it goes back to a boundary (see `BucketPlan`) and logs how many images
+        come again. Raises PositionError when the position belongs to another seed, other rows or other sampling.
         """
-        wanted = self._position(0).keys()
-        if position.keys() != wanted or not all(type(value) is int for value in position.values()):
-            raise PositionError(f"{dict(position)} is not a position of this loader; expected {', '.join(wanted)}")
-        names = {"seed": "training.seed", "rows": "number of images", "rows_hash": "images or split (hash)"}
+        wanted = {"epoch", "samples", "seed", "rows", "rows_hash"}
+        grouped = position.keys() & {"grouping", "whole"}
+        whole_number = all(type(value) is int for value in position.values())
+        if position.keys() - {"sampling"} - grouped != wanted or len(grouped) == 1 or not whole_number:
+            raise PositionError(f"{dict(position)} is not a position of a loader; it has {', '.join(sorted(wanted))}")
+        names = {
+            "seed": "training.seed",
+            "rows": "number of images",
+            "rows_hash": "images or split (hash)",
+            "sampling": "data.sampling (hash)",
+        }
         found = [
-            f"{names[key]} {position[key]} there, {value} here"
+            f"{names[key]} {position.get(key, 0)} there, {value} here"
             for key, value in self._identity.items()
-            if position[key] != value
+            if position.get(key, 0) != value
         ]
         if found:
             raise PositionError(
                 f"the position to resume from belongs to another order of images: {'; '.join(found)}; "
-                "bring back the data set and the seed, or start a new run"
+                "bring back the data set and the settings, or start a new run"
             )
-        if position["epoch"] < 0 or not 0 <= position["samples"] <= self.num_rows:
-            raise PositionError(
-                f"position epoch={position['epoch']}, samples={position['samples']} is outside 0..{self.num_rows}"
-            )
-        self._epoch, self._start = position["epoch"], position["samples"]
+        samples, whole = position["samples"], position.get("whole", 0)
+        if position["epoch"] < 0 or not (0 <= samples <= self.num_rows and 0 <= whole <= self.num_rows):
+            raise PositionError(f"position epoch={position['epoch']}, samples={samples} is outside 0..{self.num_rows}")
+        start = self._source.plan.resume_at(samples, Grouping(position["grouping"], whole) if grouped else None)
+        if start < samples:
+            message = "the order of this epoch has changed with the batches: %d images of it come a second time"
+            logger.warning(message, samples - start)
+        self._epoch, self._start = position["epoch"], start
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
-        epoch, starts = self._epoch, self._starts(self._start)
+        epoch, spans = self._epoch, self._source.plan.spans(self._start)
         self._start = 0
-        return self._batches(epoch, starts)
+        return self._batches(epoch, spans)
 
-    def _batches(self, epoch: int, starts: range) -> Iterator[tuple[Batch, Position]]:
-        if not starts:
+    def _batches(self, epoch: int, spans: Spans) -> Iterator[tuple[Batch, Position]]:
+        if not spans:
             return
-        prefetcher = ImagePreFetcher(self._source, self.options, epoch, starts)
+        prefetcher = ImagePreFetcher(self._source, self.options, epoch, spans)
         try:
-            for start in starts:
+            for span in spans:
                 waited = prefetcher.wait_seconds
                 prepared = next(prefetcher)
                 self.wait_seconds += prefetcher.wait_seconds - waited
@@ -278,7 +310,7 @@ class DataLoader:
                 self.vetoed += prepared.num_vetoed
                 if prepared.batch is not None:
                     self.mirrored += int(prepared.batch.mirrored.sum())
-                    yield prepared.batch, self._position(min(start + starts.step, self.num_rows), epoch)
+                    yield prepared.batch, self._position(span.done, epoch)
         finally:
             prefetcher.close()
 
@@ -290,15 +322,12 @@ class DataLoader:
             else:
                 self._budget.refuse(outcome.path, outcome.refused)
 
-    def _position(self, samples: int, epoch: int = 0) -> Position:
-        return {"epoch": epoch, "samples": samples, **self._identity}
-
-    def _starts(self, start: int) -> range:
-        """The samples at which the batches from a sample on begin."""
-        size, rows = self._batch_size, self.num_rows
-        if self._source.sampler.seed is None or (start == 0 and rows < size):
-            return range(start, rows, size)
-        return range(start, start + (rows - start) // size * size, size)
+    def _position(self, samples: int, epoch: int) -> Position:
+        # What is as in a plain loader is left out, and `seek` reads it so.
+        identity = {key: value for key, value in self._identity.items() if key != "sampling" or value}
+        grouping = self._source.plan.grouping(samples)
+        extra = {"grouping": grouping.hash, "whole": grouping.whole} if grouping is not None else {}
+        return {"epoch": epoch, "samples": samples, **identity, **extra}
 
 
 def open_dataset(section: DataSection) -> MetadataIndex:
@@ -328,6 +357,16 @@ def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed:
     return Mirroring(coin, table.mirror_of, handler.vetoes(dataset.index.tag_names, dataset.vocabulary) != 0)
 
 
+def create_sampler(section: DataSection, dataset: _IndexedImages, rows: NDArray[np.integer], seed: int) -> RowSampler:
+    """The configured order of the training rows."""
+    if section.sampling == "weighted":
+        power, cap = section.sampling_power, section.sampling_cap
+        return weighted_sampler(dataset.table, rows, seed, power=power, cap=cap)
+    if section.sampling == "class_aware":
+        return class_aware_sampler(dataset.table, rows, seed)
+    return RowSampler(rows, seed)
+
+
 def create_dataloaders(
     config: FullConfig, vocabulary: TagVocabulary, index: MetadataIndex | None = None
 ) -> tuple[DataLoader, DataLoader]:
@@ -344,7 +383,7 @@ def create_dataloaders(
     )
     val_list = Path(data.val_list) if data.val_list is not None else None
     split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
-    options = LoadOptions.from_config(data)
+    options = LoadOptions.from_config(data, config.model.resolved_patch_size)
     train = DataLoader(
         dataset,
         split.training_rows,
@@ -353,6 +392,7 @@ def create_dataloaders(
         held_out=split.validation,
         seed=config.training.seed,
         mirroring=create_mirroring(config.orientation, dataset, config.training.seed),
+        sampler=create_sampler(data, dataset, split.training_rows, config.training.seed),
     )
     validation = DataLoader(
         dataset,

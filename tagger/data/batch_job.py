@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tagger.batch import Batch
+from tagger.data.batch_plan import BatchPlan
 from tagger.data.decode import RefusedImage, decode_image
 from tagger.data.index import MetadataIndex
 from tagger.data.prefetch import BufferPool
@@ -102,12 +103,12 @@ class ImageSource:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of an image in the model's form."""
+        """(3, height, width) of an image in the model's form; of aspect buckets, the square, which none exceeds."""
         side = self.preprocess.image_size
         return 3, side, side
 
     def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> tuple[int, int]:
-        """Fill `memory`, uint8 [3, H, W], with a row's image; returns (height, width) of its content.
+        """Fill `memory`, uint8 [3, H, W] of the batch's shape, with a row's image; (height, width) of its content.
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
@@ -122,9 +123,13 @@ class BatchSource:
 
     table: TagTable
     images: ImageSource
-    sampler: RowSampler
+    plan: BatchPlan
     mirroring: Mirroring | None
     held_out: Flags
+
+    @property
+    def sampler(self) -> RowSampler:
+        return self.plan.sampler
 
     @property
     def refills(self) -> bool:
@@ -159,9 +164,9 @@ class BatchJob:
         self._stopping = stopping
         self._epoch = epoch
         self._start = start
-        self._rows = source.sampler.rows_at(epoch, start, stop)
+        self._rows = source.plan.rows_at(epoch, start, stop)
         self._mirrored, self._vetoed = self._decide(self._rows)
-        self._images, self._memory = pool.take((len(self._rows), *source.images.shape))
+        self._images, self._memory = pool.take((len(self._rows), 3, *source.plan.shape_at(epoch, start)))
         self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
         self._outcomes: list[Outcome | None] = [None] * len(self._rows)
 
@@ -197,7 +202,7 @@ class BatchJob:
         """Put a stand-in in a refused image's slot; slot by slot, so that a batch holds no image twice."""
         tried = 0
         for attempt in range(_DISTINCT_ATTEMPTS + _MAX_ATTEMPTS):
-            row = self._source.sampler.reserve_row(self._epoch, self._start + item, attempt)
+            row = self._source.plan.reserve_row(self._epoch, self._start + item, attempt)
             if attempt < _DISTINCT_ATTEMPTS and row in self._rows:
                 continue
             one = slice(item, item + 1)
