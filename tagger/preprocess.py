@@ -180,6 +180,8 @@ def _shapes(content: Mapping[str, object]) -> tuple[Shape, ...]:
     fit, shapes = content.get("fit"), content.get("shapes")
     if fit == "letterbox" and shapes is None:
         return ()
+    if fit == "letterbox":
+        raise FormatError("preprocess: fit='letterbox' with shapes; they belong to fit='buckets'")
     if fit != "buckets":
         raise FormatError(f"preprocess: fit={fit!r} is not known to this version; update the program")
     if not isinstance(shapes, list) or not shapes or not all(_is_shape(shape) for shape in shapes):

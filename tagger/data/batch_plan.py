@@ -20,7 +20,8 @@ from tagger.rng import mix, stable_id
 
 Rows = NDArray[np.int64]
 
-# In windows of this many batches, 6 % of the rows of an even mix of aspects leave their bucket, none by far.
+# With windows of this many batches 9 % of the rows of an even mix of aspects leave their bucket at 448 pixels, all of
+# them for the next one; with 16 batches it is 27 %.
 WINDOW_BATCHES = 64
 _OFFSET_STREAM = stable_id("batch plan/offset")
 _TURN_STREAM = stable_id("batch plan/turn")
