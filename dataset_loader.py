@@ -58,7 +58,11 @@ class _IndexedImages:
     @cached_property
     def sizes(self) -> NDArray[np.uint32]:
         """uint32 [N, 2]: (width, height) of each row's image as it is seen, 0 where unknown."""
-        return index_sizes(self.index)
+        sizes = index_sizes(self.index)
+        if num_unknown := int((sizes == 0).any(axis=1).sum()):
+            message = "the size of %d of %d images is not known; they are batched with the square ones"
+            logger.warning(message, num_unknown, len(sizes))
+        return sizes
 
 
 def _absent_as_minus_1(numbers: list[int | None]) -> NDArray[np.int64]:

@@ -75,7 +75,7 @@ def test_validation_sees_every_image_as_prediction_does(root: Path) -> None:
     _, validation, _ = loaders(root, **BUCKETS)
     batches = epoch_of(validation)
     assert len(batches) == len(validation) and len({batch.images.shape[2:] for batch, _ in batches}) > 2
-    assert sorted(rows_of(batches)) == validation._source.held_out.__invert__().nonzero()[0].tolist()
+    assert sorted(rows_of(batches)) == np.flatnonzero(~validation._source.held_out).tolist()
     for batch, _ in batches:
         for place, row in enumerate(batch.row_ids.tolist()):
             image, size = PREPROCESS.apply(pixels_of(validation, row))
@@ -156,6 +156,15 @@ def test_a_position_of_other_sampling_is_refused_by_name(root: Path) -> None:
     del position["whole"]
     with pytest.raises(PositionError, match="not a position"):
         train.seek(position)
+
+
+def test_unknown_sizes_are_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, _, _ = loaders(root)
+    assert "not known" not in caplog.text
+    for row in (3, 4):
+        path_of(train, row).write_bytes(b"not a picture")
+    loaders(root, **BUCKETS)
+    assert "the size of 2 of 60 images is not known" in caplog.text
 
 
 def test_sizes_are_those_of_the_upright_image_and_0_where_unknown(root: Path) -> None:
