@@ -61,6 +61,7 @@ class DataSection:
     val_list: str | None = None
     val_fraction: float = 0.05
     image_size: int = 224
+    fit: Literal["letterbox", "buckets"] = "letterbox"
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     max_megapixels: float = 200.0
     decode_scaling: Literal["safe", "tight", "off"] = "safe"
@@ -68,6 +69,9 @@ class DataSection:
     num_processes: int | None = None
     num_threads: int | None = None
     prefetch_batches: int = 4
+    sampling: Literal["uniform", "weighted", "class_aware"] = "uniform"
+    sampling_power: float = 0.5
+    sampling_cap: float = 10.0
 
     def __post_init__(self) -> None:
         positive(
@@ -78,6 +82,12 @@ class DataSection:
             prefetch_batches=self.prefetch_batches,
         )
         not_negative("data", num_processes=self.num_processes)
+        not_negative("data", sampling_power=self.sampling_power, sampling_cap=self.sampling_cap)
+        require(
+            self.sampling_cap >= 1,
+            f"data.sampling_cap={self.sampling_cap} is below 1",
+            "use the most times that one image may come as often as another, e.g. 10",
+        )
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
@@ -161,6 +171,11 @@ class ModelSection:
     dropout: float = 0.0
     head_bias: Literal["log_prior", "zero"] = "log_prior"
     mask_padding: bool = False
+
+    @property
+    def resolved_patch_size(self) -> int:
+        """Pixels a token covers, each way."""
+        return self.patch_size or PRESET_PATCH_SIZE
 
     def __post_init__(self) -> None:
         positive(
@@ -339,7 +354,7 @@ class FullConfig:
     monitor: MonitorSection = field(default_factory=MonitorSection)
 
     def __post_init__(self) -> None:
-        patch = self.model.patch_size or PRESET_PATCH_SIZE
+        patch = self.model.resolved_patch_size
         size = self.data.image_size
         below = size // patch * patch
         nearest = f"{below} or {below + patch}" if below else f"{patch}"
@@ -347,6 +362,12 @@ class FullConfig:
             size % patch == 0,
             f"data.image_size={size} is not a multiple of model.patch_size={patch}",
             f"use {nearest}",
+        )
+        require(
+            self.data.fit == "letterbox" or size >= 3 * patch,
+            f"data.fit=buckets needs at least 3 patches a side; data.image_size={size} has {size // patch} of "
+            f"model.patch_size={patch}",
+            f"use data.image_size={3 * patch} or more, or data.fit=letterbox",
         )
         require(
             self.loss.rating_weight is None or self.vocabulary.ratings == "tags",

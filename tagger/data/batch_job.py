@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tagger.batch import Batch
+from tagger.data.batch_plan import BatchPlan
 from tagger.data.decode import DecodeError, DecodeOptions, RefusedImage, decode
 from tagger.data.index import MetadataIndex
 from tagger.data.quarantine import (
@@ -122,12 +123,12 @@ class ImageSource:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of an image in the model's form."""
+        """(3, height, width) of an image in the model's form; of aspect buckets, the square, which none exceeds."""
         side = self.preprocess.image_size
         return 3, side, side
 
     def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> LoadedImage:
-        """Fill `memory`, uint8 [3, H, W], with a row's image.
+        """Fill `memory`, uint8 [3, H, W] of the batch's shape, with a row's image.
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
@@ -136,7 +137,7 @@ class ImageSource:
         suspect = self.known_bad.knows(name)
         content, facts = read_with_facts(path, partial(self.known_bad.reason, name) if suspect else None)
         try:
-            decoded = decode(content, self.decoding, self.preprocess.content_size)
+            decoded = decode(content, self.decoding, partial(self.preprocess.content_size, shape=memory.shape[1:]))
         except DecodeError as error:
             raise UndecodableFile(error, facts, content) from error
         size = self.preprocess.apply_into(decoded.pixels, memory, mirror=mirror, full_size=decoded.full_size)
@@ -149,10 +150,14 @@ class BatchSource:
 
     table: TagTable
     images: ImageSource
-    sampler: RowSampler
+    plan: BatchPlan
     mirroring: Mirroring | None
     held_out: Flags
     clock: Clock = SYSTEM_CLOCK
+
+    @property
+    def sampler(self) -> RowSampler:
+        return self.plan.sampler
 
     @property
     def refills(self) -> bool:
@@ -199,9 +204,9 @@ class BatchJob:
         self._stopping = stopping
         self._epoch = epoch
         self._start = start
-        self._rows = source.sampler.rows_at(epoch, start, stop)
+        self._rows = source.plan.rows_at(epoch, start, stop)
         self._mirrored, self._vetoed = self._decide(self._rows)
-        self._images, self._memory = memory.take((len(self._rows), *source.images.shape))
+        self._images, self._memory = memory.take((len(self._rows), 3, *source.plan.shape_at(epoch, start)))
         self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
         self._outcomes: list[Outcome | None] = [None] * len(self._rows)
 
@@ -237,7 +242,7 @@ class BatchJob:
         """Put a stand-in in a refused image's slot; slot by slot, so that a batch holds no image twice."""
         tried = 0
         for attempt in range(_DISTINCT_ATTEMPTS + _MAX_ATTEMPTS):
-            row = self._source.sampler.reserve_row(self._epoch, self._start + item, attempt)
+            row = self._source.plan.reserve_row(self._epoch, self._start + item, attempt)
             if attempt < _DISTINCT_ATTEMPTS and row in self._rows:
                 continue
             one = slice(item, item + 1)
