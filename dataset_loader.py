@@ -20,10 +20,12 @@ from Configuration_System import DataSection, FullConfig, OrientationSection
 from orientation_handler import MirrorCoin, OrientationHandler
 from tagger.batch import Batch
 from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
+from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.sampler import RowSampler, hash_rows
+from tagger.data.shrink_cache import ShrinkCache
 from tagger.data.split import split_rows
 from tagger.errors import InputError
 from tagger.preprocess import Preprocess
@@ -99,24 +101,30 @@ class LoadOptions:
     """How a loader prepares images.
 
     max_pixels: cap of width x height, checked before decoding. num_threads: decoding threads (None: by the machine).
-    prefetch_batches: batches prepared ahead; each takes 3 * image_size ** 2 bytes an image.
+    prefetch_batches: batches prepared ahead; each takes 3 * image_size ** 2 bytes an image. cache: small copies to read
+    instead of the files.
     """
 
     preprocess: Preprocess
     max_pixels: int = 200_000_000
     num_threads: int | None = None
     prefetch_batches: int = 4
+    cache: ShrinkCache | None = None
 
     @classmethod
     def from_config(cls, section: DataSection) -> "LoadOptions":
-        """The configured options; training, validation and the saved model share their `preprocess`."""
+        """The configured options; training, validation and the saved model share their `preprocess`.
+
+        Raises CacheError when `data.cache_dir` names a cache that is not there or cannot serve these images.
+        """
         red, green, blue = section.background
-        return cls(
-            Preprocess(image_size=section.image_size, background=(red, green, blue)),
-            int(section.max_megapixels * 1_000_000),
-            section.num_threads,
-            section.prefetch_batches,
-        )
+        preprocess = Preprocess(image_size=section.image_size, background=(red, green, blue))
+        cache = None
+        if section.cache_dir is not None:
+            cache = ShrinkCache.open(section.cache_dir)
+            cache.require(preprocess.image_size, preprocess.background)
+        max_pixels = int(section.max_megapixels * 1_000_000)
+        return cls(preprocess, max_pixels, section.num_threads, section.prefetch_batches, cache)
 
 
 class ImagePreFetcher:
@@ -187,7 +195,8 @@ class DataLoader:
         self._budget = budget or FailureBudget(len(rows))
         self.dataset = dataset
         self.options = options
-        images = ImageSource(dataset.index, options.preprocess, options.max_pixels)
+        self._reader = ImageReader(dataset.index, options.cache)
+        images = ImageSource(self._reader, options.preprocess, options.max_pixels)
         self._source = BatchSource(dataset.table, images, RowSampler(rows, seed), mirroring, never)
         self._batch_size = batch_size
         self._identity = {
@@ -281,6 +290,8 @@ class DataLoader:
                     yield prepared.batch, self._position(min(start + starts.step, self.num_rows), epoch)
         finally:
             prefetcher.close()
+            if self._reader.cache is not None and self._reader.num_files:
+                logger.info("%s", self._reader.describe_use())
 
     def _judge(self, prepared: PreparedBatch) -> None:
         """Count what was used and what was refused; raises DataFailureError past the failure budget."""
@@ -345,6 +356,8 @@ def create_dataloaders(
     val_list = Path(data.val_list) if data.val_list is not None else None
     split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
     options = LoadOptions.from_config(data)
+    if options.cache is not None:
+        logger.info("%s", ImageReader(index, options.cache).describe_cache())
     train = DataLoader(
         dataset,
         split.training_rows,

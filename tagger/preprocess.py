@@ -91,6 +91,16 @@ class Preprocess:
         square[:, top : top + height, left : left + width] = content
         return height, width
 
+    def shrink(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3] -> contiguous uint8 [h, w, 3]: the content that `apply` gives, without its bars.
+
+        An image that fits into the square as it is stays as it is.
+        """
+        if max(rgb.shape[:2]) <= self.image_size:
+            return np.ascontiguousarray(rgb)
+        height, width = self.content_size(rgb.shape[0], rgb.shape[1])
+        return np.ascontiguousarray(_resize(rgb, height, width).transpose(1, 2, 0))
+
     def to_json(self) -> dict[str, object]:
         """What `from_json` reads back to an equal object."""
         return {

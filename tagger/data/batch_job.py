@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from tagger.batch import Batch
 from tagger.data.decode import RefusedImage, decode_image
+from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex
 from tagger.data.prefetch import BufferPool
-from tagger.data.quarantine import read_image_file, retry_transient
+from tagger.data.quarantine import retry_transient
 from tagger.data.ragged import gather, pack
 from tagger.data.sampler import RowSampler
 from tagger.preprocess import Preprocess
@@ -96,7 +97,7 @@ class Mirroring:
 class ImageSource:
     """From a row to its pixels in the model's form. `max_pixels` caps width x height, checked before decoding."""
 
-    index: MetadataIndex
+    reader: ImageReader
     preprocess: Preprocess
     max_pixels: int
 
@@ -111,7 +112,7 @@ class ImageSource:
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
-        content = read_image_file(self.index.image_path(row))
+        content = self.reader.read(row)
         pixels = decode_image(content, background=self.preprocess.background, max_pixels=self.max_pixels)
         return self.preprocess.apply_into(pixels, memory, mirror=mirror)
 

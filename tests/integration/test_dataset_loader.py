@@ -19,7 +19,7 @@ from dataset_loader import (
     SidecarJsonDataset,
     create_dataloaders,
 )
-from tagger.data import batch_job
+from tagger.data import image_reader
 from tagger.data.decode import decode_image
 from tagger.data.quarantine import DataFailureError, FailureBudget, read_image_file
 from tagger.data.split import SplitError
@@ -311,7 +311,7 @@ def test_transient_errors_are_waited_out_and_blamed_on_nobody(root: Path, monkey
             raise OSError((errno.EIO, errno.ESTALE, errno.EMFILE)[failures % 3], "injected")
         return read_image_file(path)
 
-    monkeypatch.setattr(batch_job, "read_image_file", flaky)
+    monkeypatch.setattr(image_reader, "read_image_file", flaky)
     assert_same(epoch_of(train), expected)
     assert failures > 5
     assert train.refused == 0
