@@ -7,6 +7,7 @@ that holds other things, a cache of another recipe, and a second build in the sa
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import struct
@@ -283,7 +284,7 @@ class _Build:
                 self._tables = _without_shards(self._tables, bad)
         except FormatError as error:
             logger.warning("%s; making its tables anew from its shards", error)
-            next_number = 0
+            self._manifest, next_number = dataclasses.replace(self._manifest, index=""), 0
         listed = set(np.unique(self._tables.entries["shard"]).tolist())
         for number in shard_numbers(self._folder, form):
             if number not in listed and not (number >= next_number and self._take_in(number)):

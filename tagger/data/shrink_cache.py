@@ -143,7 +143,7 @@ class ShrinkCache:
             if found != size:
                 raise FormatError(
                     f"shrink cache {printable(folder)} is damaged: {manifest.index}/{name} has {found} bytes, expected "
-                    f"{size}; start scripts.build_cache again, it makes its tables anew"
+                    f"{size}; start scripts.build_cache again"
                 )
         self.shard_sizes = {int(number): int(size) for number, size in meta["shards"].items()}
         self.entry_hashes: NDArray[np.uint64] = _open_array(home / "entry_hashes.npy")
