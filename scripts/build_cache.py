@@ -35,7 +35,7 @@ EXAMPLE = (
 
 
 class _Bar:
-    """The progress of a build on the console; as many lines as one when the output is not a terminal."""
+    """The progress of a build on the console."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
@@ -64,7 +64,8 @@ class _Bar:
 
 def _options(config: FullConfig, arguments: argparse.Namespace) -> BuildOptions:
     red, green, blue = config.data.background
-    recipe = CacheRecipe(arguments.size or config.data.image_size, (red, green, blue), arguments.quality)
+    size = config.data.image_size if arguments.size is None else arguments.size
+    recipe = CacheRecipe(size, (red, green, blue), arguments.quality)
     return BuildOptions(
         recipe,
         max_pixels=int(config.data.max_megapixels * 1_000_000),

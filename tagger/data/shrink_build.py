@@ -32,7 +32,7 @@ from tagger.data.shrink_shards import (
     scan_shard,
     shard_numbers,
 )
-from tagger.data.shrink_tables import ENTRY_ROW, PATH_ROW, Records, Tables, find_rows
+from tagger.data.shrink_tables import ENTRY_ROW, PATH_ROW, Records, Tables, find_rows, remove_other_tables
 from tagger.data.shrink_worker import Shrinker, Shrunk, Unusable, shrink_rows
 from tagger.files import FormatError, write_json
 from tagger.run_lock import FolderLock, LockedError
@@ -41,7 +41,7 @@ REFUSED = "refused.json"
 _LOCK = "build.lock"
 _ENTRY_STRUCT = struct.Struct("<QQqIIi")
 _PATH_STRUCT = struct.Struct("<QQqqQQ")
-_OURS = ("shard-", "index-", MANIFEST, REFUSED, _LOCK, f".{MANIFEST}", f".{REFUSED}", f".{_LOCK}")
+_BEFORE_MANIFEST = (_LOCK, f".{_LOCK}", f".{MANIFEST}")  # what a build that was killed at once may leave
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
     """The folder, made where it is missing, for one build at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists():
-        strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_OURS))
+        strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_BEFORE_MANIFEST))
         if strange:
             raise CacheError(
                 f"{printable(folder)} is not a shrink cache and not empty (it holds {printable(strange[0])}); name "
@@ -239,6 +239,7 @@ class _Build:
         self._on_progress = on_progress
         self._manifest = self._begin()
         self._tables = Tables.empty()
+        self._on_disk: Tables | None = None
 
     def run(self) -> BuildReport:
         self._take_up()
@@ -275,13 +276,16 @@ class _Build:
         """The tables as they are on disk, with the shards that were committed after them."""
         form = self._options.form
         remove_unfinished(self._folder)
+        remove_other_tables(self._folder, self._manifest)
         next_number = self._manifest.next_shard
         try:
             if self._manifest.index:
                 with contextlib.closing(ShrinkCache.open(self._folder)) as cache:
                     self._tables = Tables.of(cache)
                     bad = cache.damaged_shards()
-                self._tables = _without_shards(self._tables, bad)
+                self._on_disk = self._tables
+                if bad:
+                    self._tables = _without_shards(self._tables, bad)
         except FormatError as error:
             logger.warning("%s; making its tables anew from its shards", error)
             self._manifest, next_number = dataclasses.replace(self._manifest, index=""), 0
@@ -387,6 +391,9 @@ class _Build:
                 shards.add(member.key, jpeg, member.facts)
 
     def _commit(self, next_shard: int) -> None:
+        if self._tables is self._on_disk and next_shard == self._manifest.next_shard:
+            return
+        self._on_disk = self._tables
         self._manifest = self._tables.commit(self._folder, self._manifest, next_shard)
 
 

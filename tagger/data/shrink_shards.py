@@ -107,8 +107,9 @@ def remove_shard(folder: Path, number: int, form: Form) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what interrupted writers left."""
-    for path in folder.glob(f"shard-*{_PART}"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.iterdir():
+        if path.name.endswith(_PART) and _NAME.fullmatch(path.name.removesuffix(_PART)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def scan_shard(folder: Path, number: int, form: Form) -> Iterator[Member]:

@@ -6,6 +6,7 @@ interrupted.
 
 import dataclasses
 import hashlib
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ PATH_ROW = np.dtype(
     ]
 )
 _NAME_PREFIX = "index-"
+_TEMPORARY_PREFIX = ".index-"
+_NAME = re.compile(r"index-[0-9a-f]{16}|\.index-.*")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Tables:
         return cls(entries, paths)
 
     def plus(self, entries: Records, paths: Records) -> "Tables":
-        """With more entries and paths; one that was there already is replaced."""
+        """With more entries and paths; one that was there already is replaced. The object itself where there are none."""
+        if not len(entries) and not len(paths):
+            return self
         all_paths = _unique(np.concatenate([self.paths, paths]))
         return Tables(_unique(np.concatenate([self.entries, entries])), all_paths)._consistent()
 
@@ -101,9 +106,7 @@ class Tables:
         if committed != manifest:
             write_json(folder / MANIFEST, committed.to_json())
             fsync_folder(folder)
-        for other in folder.glob(f"{_NAME_PREFIX}*"):
-            if other != home:
-                shutil.rmtree(other, ignore_errors=True)  # Windows, while another process reads it: next time
+        remove_other_tables(folder, committed)
         return committed
 
     def _arrays(self) -> dict[str, NDArray[np.generic]]:
@@ -123,7 +126,7 @@ class Tables:
 
     @staticmethod
     def _write(home: Path, arrays: dict[str, NDArray[np.generic]], shards: dict[str, int]) -> None:
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_NAME_PREFIX}tmp-", dir=home.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=home.parent))
         try:
             sizes = write_arrays(temporary, arrays)
             write_json(temporary / META, {"format_version": FORMAT_VERSION, "sizes": sizes, "shards": shards})
@@ -135,6 +138,13 @@ class Tables:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_folder(home.parent)
+
+
+def remove_other_tables(folder: Path, manifest: Manifest) -> None:
+    """Delete the tables that a cache no longer uses, and those that were never finished."""
+    for path in folder.iterdir():
+        if path.name != manifest.index and _NAME.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)  # Windows, while another process reads it: next time
 
 
 def _unique(rows: Records) -> Records:

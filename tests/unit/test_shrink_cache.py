@@ -22,7 +22,7 @@ from PIL import Image
 from tagger.data import shrink_build, shrink_cache, shrink_tables, shrink_worker
 from tagger.data.decode import decode_image
 from tagger.data.shrink_build import BuildProgress, build_cache
-from tagger.data.shrink_cache import CacheError, CacheRecipe, ShrinkCache
+from tagger.data.shrink_cache import CacheError, CacheRecipe, Manifest, ShrinkCache
 from tagger.data.shrink_tables import PATH_ROW, find_rows
 from tagger.files import FormatError
 from tagger.preprocess import Preprocess
@@ -217,6 +217,27 @@ def test_equal_halves_of_hashes_are_told_apart(root: Path, folder: Path, monkeyp
     assert build(folder, root, prune=True).progress == BuildProgress(NUM_IMAGES + 1, NUM_IMAGES + 1)
 
 
+def test_tables_replaced_while_a_cache_is_opened_are_found(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(folder, root)
+    load, stale = Manifest.load, Manifest.load(folder)
+    write_images(root, range(20, 22))
+    build(folder, root)
+    answers = iter([stale])
+    monkeypatch.setattr(Manifest, "load", lambda folder: next(answers, None) or load(folder))
+    assert len(ShrinkCache.open(folder)) == NUM_IMAGES + 2
+
+
+def test_a_build_removes_nothing_that_is_not_its_own(root: Path, folder: Path) -> None:
+    build(folder, root)
+    for name in ("index-of-birds", "shard-notes.part", "shard-notes.tar"):
+        (folder / name).mkdir()
+    write_images(root, range(20, 22))
+    build(folder, root, prune=True)
+    assert {"index-of-birds", "shard-notes.part", "shard-notes.tar"} <= {path.name for path in folder.iterdir()}
+
+
 def test_rows_are_found_like_a_dictionary_finds_them() -> None:
     generator = np.random.default_rng(3)
     rows = np.zeros(200, PATH_ROW)
@@ -241,6 +262,9 @@ def test_bad_folders_are_refused_by_name(root: Path, folder: Path, tmp_path: Pat
     with pytest.raises(CacheError, match=r"papers is not a shrink cache and not empty \(it holds letter.txt\)"):
         build(tmp_path / "papers", root)
     assert [path.name for path in (tmp_path / "papers").iterdir()] == ["letter.txt"]
+    (tmp_path / "photos/index-of-birds").mkdir(parents=True)
+    with pytest.raises(CacheError, match=r"it holds index-of-birds"):
+        build(tmp_path / "photos", root)
     with pytest.raises(CacheError, match=r"inside data.roots"):
         build(root / "cache", root)
     assert not (root / "cache").exists()
