@@ -74,7 +74,7 @@ class Tables:
         return cls(entries, paths)
 
     def plus(self, entries: Records, paths: Records) -> "Tables":
-        """With more entries and paths; one that was there already is replaced. The object itself where there are none."""
+        """With more entries and paths; one that was there already is replaced. Without any, it is this object."""
         if not len(entries) and not len(paths):
             return self
         all_paths = _unique(np.concatenate([self.paths, paths]))
