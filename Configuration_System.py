@@ -58,6 +58,7 @@ class DataSection:
     annotations: str | None = None
     extra_fields: list[str] = field(default_factory=list)
     index_dir: str = ".tagsmith/index"
+    cache_dir: str | None = None
     val_list: str | None = None
     val_fraction: float = 0.05
     image_size: int = 224
@@ -421,6 +422,12 @@ def check_paths(config: FullConfig) -> None:
             f"data.roots: {root} is not a folder (looked in {Path.cwd()})",
             "give the folder that holds the images and their sidecars",
         )
+    cache = config.data.cache_dir
+    require(
+        cache is None or Path(cache).is_dir(),
+        f"data.cache_dir: {cache} is not a folder (looked in {Path.cwd()})",
+        "make it with `python -m scripts.build_cache`, or set it to null",
+    )
     files = {
         "data.annotations": config.data.annotations,
         "data.val_list": config.data.val_list,

@@ -24,6 +24,7 @@ from tagger.batch import Batch
 from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
 from tagger.data.batch_plan import Grouping, Spans, create_plan
 from tagger.data.decode import DecodeOptions, describe_decoder
+from tagger.data.image_reader import ImageReader
 from tagger.data.image_sizes import index_sizes
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
@@ -32,6 +33,7 @@ from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.quarantine_log import KnownBad, Quarantine
 from tagger.data.ring import LoaderRing, RingPass, default_num_processes
 from tagger.data.sampler import RowSampler, hash_rows
+from tagger.data.shrink_cache import ShrinkCache
 from tagger.data.split import split_rows
 from tagger.data.weighting import class_aware_sampler, weighted_sampler
 from tagger.errors import InputError
@@ -119,7 +121,7 @@ class LoadOptions:
     max_pixels: cap of width x height, checked before decoding. partial_images: truncated files give what there is of
     them. num_threads: decoding threads in all (None: by the machine). prefetch_batches: batches prepared ahead; each
     takes 3 * image_size ** 2 bytes an image. num_processes: loader processes that the threads are spread over (0: this
-    one). pin_memory: page-lock their memory for CUDA.
+    one). pin_memory: page-lock their memory for CUDA. cache: small copies to read instead of the files.
     """
 
     preprocess: Preprocess
@@ -129,6 +131,7 @@ class LoadOptions:
     prefetch_batches: int = 4
     num_processes: int = 0
     pin_memory: bool = False
+    cache: ShrinkCache | None = None
 
     @property
     def decoding(self) -> DecodeOptions:
@@ -141,8 +144,16 @@ class LoadOptions:
         """The configured options; training, validation and the saved model share their `preprocess`.
 
         `on_cuda` says where the batches go: it decides the number of processes that the configuration leaves open.
+        Raises CacheError when `data.cache_dir` names a cache that is not there or cannot serve these images.
         """
         red, green, blue = section.background
+        preprocess = Preprocess.create(
+            section.image_size, section.fit, patch_size, (red, green, blue), decode_scaling=section.decode_scaling
+        )
+        cache = None
+        if section.cache_dir is not None:
+            cache = ShrinkCache.open(section.cache_dir)
+            cache.require(preprocess.longest_side, preprocess.background)
         num_processes, reason = section.num_processes, "as configured"
         if num_processes is None:
             num_processes, reason = default_num_processes(num_cores(), on_cuda=on_cuda)
@@ -150,15 +161,14 @@ class LoadOptions:
         place = f"{num_processes} loader processes" if num_processes else "threads of this process"
         logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
         return cls(
-            Preprocess.create(
-                section.image_size, section.fit, patch_size, (red, green, blue), decode_scaling=section.decode_scaling
-            ),
+            preprocess,
             int(section.max_megapixels * 1_000_000),
             section.partial_images,
             num_threads,
             section.prefetch_batches,
             num_processes,
             on_cuda,
+            cache,
         )
 
 
@@ -261,7 +271,7 @@ class DataLoader:
         self.options = options
         quarantine = quarantine or Quarantine(None, describe_decoder(options.decoding))
         self.ledger = ImageLedger(dataset.index, budget or FailureBudget(len(rows)), quarantine)
-        images = ImageSource(dataset.index, options.preprocess, options.decoding)
+        images = ImageSource(ImageReader(dataset.index, options.cache), options.preprocess, options.decoding)
         sampler = sampler or RowSampler(rows, seed)
         assert sampler.seed == seed and len(sampler) == len(rows)
         sizes = dataset.sizes if options.preprocess.shapes else None
@@ -461,6 +471,8 @@ def create_dataloaders(
     split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
     on_cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     options = LoadOptions.from_config(data, config.model.resolved_patch_size, on_cuda=on_cuda)
+    if options.cache is not None:
+        logger.info("%s", ImageReader(index, options.cache).describe_cache())
     quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding))
     train = DataLoader(
         dataset,

@@ -88,6 +88,11 @@ class Preprocess:
         if len(aspects) != len(self.shapes) or not ascending or max(map(max, self.shapes), default=1) > _LARGEST_SIDE:
             raise ValueError(f"shapes={self.shapes} are not (height, width) from the tallest to the widest")
 
+    @property
+    def longest_side(self) -> int:
+        """Pixels of the longest side of all shapes: a smaller image is always enlarged."""
+        return max(map(max, self.shapes), default=self.image_size)
+
     def shape_of(self, height: int, width: int) -> Shape:
         """(height, width) in which the model sees an image of height x width pixels."""
         if not self.shapes:
@@ -144,6 +149,16 @@ class Preprocess:
             plane[top : top + height, left + width :] = colour
         place[:, top : top + height, left : left + width] = content
         return height, width
+
+    def shrink(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3] -> contiguous uint8 [h, w, 3]: the content that `apply` gives, without its bars.
+
+        An image that fits into the square as it is stays as it is.
+        """
+        if max(rgb.shape[:2]) <= self.image_size:
+            return np.ascontiguousarray(rgb)
+        height, width = self.content_size(rgb.shape[0], rgb.shape[1])
+        return np.ascontiguousarray(_resize(rgb, height, width).transpose(1, 2, 0))
 
     def to_json(self) -> dict[str, object]:
         """What `from_json` reads back to an equal object."""

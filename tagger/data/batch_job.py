@@ -17,15 +17,9 @@ from numpy.typing import NDArray
 from tagger.batch import Batch
 from tagger.data.batch_plan import BatchPlan
 from tagger.data.decode import DecodeError, DecodeOptions, RefusedImage, decode
+from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex
-from tagger.data.quarantine import (
-    SYSTEM_CLOCK,
-    Clock,
-    Refusal,
-    UndecodableFile,
-    read_with_facts,
-    retry_transient,
-)
+from tagger.data.quarantine import SYSTEM_CLOCK, Clock, Refusal, UndecodableFile, retry_transient
 from tagger.data.quarantine_log import KnownBad
 from tagger.data.ragged import gather, pack
 from tagger.data.sampler import RowSampler
@@ -104,19 +98,21 @@ class Mirroring:
 @dataclass(frozen=True)
 class LoadedImage:
     """content_size: (height, width) of the image inside the model's form. partial: pixels are missing, and that was
-    allowed. mended: the file was in quarantine and has changed.
+    allowed. mended: the file was in quarantine and has changed. missed_cache: there is a shrink cache, and it did not
+    have the image as it is now.
     """
 
     content_size: tuple[int, int]
     partial: bool
     mended: bool
+    missed_cache: bool
 
 
 @dataclass(frozen=True)
 class ImageSource:
     """From a row to its pixels in the model's form. `known_bad` are files that are refused without reading them."""
 
-    index: MetadataIndex
+    reader: ImageReader
     preprocess: Preprocess
     decoding: DecodeOptions
     known_bad: KnownBad = field(default_factory=KnownBad)
@@ -132,16 +128,16 @@ class ImageSource:
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
-        path = self.index.image_path(row)
-        name = printable(path)
+        name = printable(self.reader.index.image_path(row))
         suspect = self.known_bad.knows(name)
-        content, facts = read_with_facts(path, partial(self.known_bad.reason, name) if suspect else None)
+        found = self.reader.read(row, partial(self.known_bad.reason, name) if suspect else None)
         try:
-            decoded = decode(content, self.decoding, partial(self.preprocess.content_size, shape=memory.shape[1:]))
+            fit = partial(self.preprocess.content_size, shape=memory.shape[1:])
+            decoded = decode(found.content, self.decoding, fit)
         except DecodeError as error:
-            raise UndecodableFile(error, facts, content) from error
+            raise UndecodableFile(error, found.facts, found.content) from error
         size = self.preprocess.apply_into(decoded.pixels, memory, mirror=mirror, full_size=decoded.full_size)
-        return LoadedImage(size, decoded.partial, suspect)
+        return LoadedImage(size, decoded.partial, suspect, found.missed_cache)
 
 
 @dataclass(frozen=True)
@@ -183,6 +179,7 @@ class Outcome:
     refused: Refusal | None
     partial: bool = False
     mended: bool = False
+    missed_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,7 +263,7 @@ class BatchJob:
 
     def _prepare(self, item: int) -> Outcome:
         row = int(self._rows[item])
-        path = self._source.images.index.image_path
+        path = self._source.table.index.image_path
         try:
             try:
                 loaded = self._load(item)
@@ -276,7 +273,7 @@ class BatchJob:
         except RefusedImage as error:
             return Outcome(row, Refusal.of(path(row), error))
         self._sizes[item] = loaded.content_size
-        return Outcome(row, None, loaded.partial, loaded.mended)
+        return Outcome(row, None, loaded.partial, loaded.mended, loaded.missed_cache)
 
     def _load(self, item: int) -> LoadedImage:
         row, mirror = int(self._rows[item]), bool(self._mirrored[item])

@@ -24,6 +24,7 @@ class ImageLedger:
         self._budget = budget
         self._quarantine = quarantine
         self._partial: dict[str, None] = {}
+        self.num_missed_cache = 0
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -52,6 +53,7 @@ class ImageLedger:
                 self._budget.refuse(outcome.refused)
                 continue
             self._budget.accept()
+            self.num_missed_cache += outcome.missed_cache
             if outcome.partial:
                 self._partial[self._name(outcome)] = None
             if outcome.mended:
@@ -64,6 +66,10 @@ class ImageLedger:
         if counts.total():
             listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common() if count)
             logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, self.num_quarantined)
+
+        if self.num_missed_cache:
+            message = "%d images so far came from their files, as they are not in the shrink cache"
+            logger.info(message, self.num_missed_cache)
 
     def _name(self, outcome: Outcome) -> str:
         return printable(self._index.image_path(outcome.row))

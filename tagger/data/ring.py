@@ -206,7 +206,7 @@ class _State:
         rows = [int(cell) - 1 for cell in self.board[seat.number][1:] if cell]
         if not rows or not seat.owed:
             return ""
-        index = self.source.images.index
+        index = self.source.table.index
         return f", loading {', '.join(str(index.image_path(row)) for row in rows[:8])}"
 
     def replace_hung(self) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from dataset_loader import DataLoader, Position
 from tagger.batch import Batch
-from tagger.data import batch_job
+from tagger.data import image_reader
 from tagger.data.decode import describe_decoder
 from tagger.data.quarantine import Clock, FailureBudget, FileFacts, StorageError, read_with_facts
 from tagger.data.quarantine_log import Quarantine
@@ -94,7 +94,7 @@ def test_a_tenth_of_reads_failing_for_a_while_loses_nothing(
             raise OSError(errno.EIO, "Input/output error")
         return read_with_facts(*args)
 
-    monkeypatch.setattr(batch_job, "read_with_facts", flaky)
+    monkeypatch.setattr(image_reader, "read_with_facts", flaky)
     log = tmp_path / "quarantine.jsonl"
     disturbed = with_clock(with_log(train, log), clock)
     for epoch, batches in enumerate(expected):
@@ -112,7 +112,7 @@ def test_an_outage_of_five_minutes_stops_the_run_and_blames_no_file(
     def dead(*_: Any) -> tuple[bytes, FileFacts]:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(batch_job, "read_with_facts", dead)
+    monkeypatch.setattr(image_reader, "read_with_facts", dead)
     log = tmp_path / "quarantine.jsonl"
     disturbed = with_clock(with_log(train, log), clock)
     with pytest.raises(StorageError, match=r"Input/output error, still after 30\d s; check the disk"):

@@ -20,7 +20,7 @@ from dataset_loader import (
     SidecarJsonDataset,
     create_dataloaders,
 )
-from tagger.data import batch_job
+from tagger.data import image_reader
 from tagger.data.decode import decode_image
 from tagger.data.quarantine import DataFailureError, FailureBudget, FileFacts, read_with_facts
 from tagger.data.split import SplitError
@@ -312,7 +312,7 @@ def test_transient_errors_are_waited_out_and_blamed_on_nobody(root: Path, monkey
             raise OSError((errno.EIO, errno.ESTALE, errno.EMFILE)[failures % 3], "injected")
         return read_with_facts(path, *args)
 
-    monkeypatch.setattr(batch_job, "read_with_facts", flaky)
+    monkeypatch.setattr(image_reader, "read_with_facts", flaky)
     assert_same(epoch_of(train), expected)
     assert failures > 5
     assert train.refused == 0

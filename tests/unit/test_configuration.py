@@ -151,6 +151,8 @@ def test_paths_that_are_not_there_are_named(recipe: Path, tmp_path: Path) -> Non
         check_paths(load_config(recipe, environment={}))
     with pytest.raises(ConfigError, match=r"data.roots: .*absent is not a folder"):
         check_paths(load_config(recipe, [f"data.roots=[{tmp_path}/absent]"], {}))
+    with pytest.raises(ConfigError, match=r"data.cache_dir: .*absent is not a folder .*scripts.build_cache"):
+        check_paths(load_config(recipe, [f"data.roots=[{tmp_path}]", f"data.cache_dir={tmp_path}/absent"], {}))
     with pytest.raises(ConfigError, match=r"vocabulary.file: .*none.json is not a file"):
         check_paths(load_config(recipe, [f"data.roots=[{tmp_path}]", f"vocabulary.file={tmp_path}/none.json"], {}))
 
