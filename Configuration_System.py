@@ -60,6 +60,11 @@ class DataSection:
     index_dir: str = ".tagsmith/index"
     val_list: str | None = None
     val_fraction: float = 0.05
+    calib_fraction: float = 0.0
+    test_fraction: float = 0.0
+    group_near_duplicates: bool = False
+    near_duplicate_bits: int = 3
+    stratified_split: bool = False
     image_size: int = 224
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     max_megapixels: float = 200.0
@@ -75,6 +80,12 @@ class DataSection:
             prefetch_batches=self.prefetch_batches,
         )
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
+        fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
+        require(
+            0 <= self.near_duplicate_bits <= 8,
+            f"data.near_duplicate_bits={self.near_duplicate_bits} is not 0 to 8",
+            "3 finds copies that were resized, recompressed or brightened",
+        )
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
             f"data.background={self.background} is not three numbers 0..255",

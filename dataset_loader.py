@@ -24,7 +24,7 @@ from tagger.data.index import MetadataIndex, open_index
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.sampler import RowSampler, hash_rows
-from tagger.data.split import split_rows
+from tagger.data.split import Part, Split, SplitRule, split_index
 from tagger.errors import InputError
 from tagger.preprocess import Preprocess
 from vocabulary import DEFAULT_INDEX_DIR, RATING_TAGS, TagVocabulary
@@ -314,6 +314,20 @@ def open_dataset(section: DataSection) -> MetadataIndex:
     return index
 
 
+def split_dataset(section: DataSection, index: MetadataIndex) -> Split:
+    """Which images of the configured data set are for training and which are held out, and for what."""
+    rule = SplitRule(
+        section.val_fraction,
+        section.calib_fraction,
+        section.test_fraction,
+        val_list=Path(section.val_list) if section.val_list is not None else None,
+        near_duplicate_bits=section.near_duplicate_bits if section.group_near_duplicates else None,
+        stratified=section.stratified_split,
+    )
+    options = LoadOptions.from_config(section)
+    return split_index(index, rule, max_pixels=options.max_pixels, num_threads=options.num_threads)
+
+
 def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed: int) -> Mirroring | None:
     """The configured mirroring over a data set; None where no image can ever be mirrored."""
     coin = MirrorCoin.from_files(section.mirror_probability, seed, section.never_flip_file, section.force_flip_file)
@@ -342,15 +356,14 @@ def create_dataloaders(
         if data.annotations is None
         else DatasetLoader(data.annotations, data.roots[0], vocabulary, index=index)
     )
-    val_list = Path(data.val_list) if data.val_list is not None else None
-    split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
+    split = split_dataset(data, index)
     options = LoadOptions.from_config(data)
     train = DataLoader(
         dataset,
         split.training_rows,
         config.training.batch_size,
         options,
-        held_out=split.validation,
+        held_out=split.others(Part.TRAIN),
         seed=config.training.seed,
         mirroring=create_mirroring(config.orientation, dataset, config.training.seed),
     )
@@ -359,7 +372,7 @@ def create_dataloaders(
         split.validation_rows,
         config.validation.batch_size or config.training.batch_size,
         options,
-        held_out=~split.validation,
+        held_out=split.others(Part.VAL),
     )
-    logger.info("%d images for training, %d for validation", train.num_rows, validation.num_rows)
+    logger.info("%s", split.describe())
     return train, validation
