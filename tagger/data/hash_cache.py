@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from tagger.data.decode import DecodeError, RefusedImage
 from tagger.data.index import MetadataIndex
+from tagger.data.parallel import map_blocks
 from tagger.data.phash import METHOD_VERSION, grey_thumbnail, perceptual_hashes
 from tagger.data.prefetch import default_num_threads
 from tagger.data.quarantine import read_image_file, retry_transient
@@ -31,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FILE_NAME = "perceptual-hashes.npz"
-_PART_ROWS = 4096
-_TASK_ROWS = 16
+_BLOCK_ROWS = 32
 _SAVE_EVERY_S = 120.0
 _SAY_EVERY_S = 30.0
 
@@ -101,29 +101,26 @@ class _Hashing:
 
     def run(self, rows: NDArray[np.int64], num_threads: int) -> None:
         said = saved = time.monotonic()
-        executor = ThreadPoolExecutor(num_threads, thread_name_prefix="hash")
-        try:
-            for start in range(0, len(rows), _PART_ROWS):
-                part = rows[start : start + _PART_ROWS]
-                tasks = [part[at : at + _TASK_ROWS] for at in range(0, len(part), _TASK_ROWS)]
-                for task, found in zip(tasks, executor.map(self._thumbnails, tasks), strict=True):
-                    self._keep(task, found)
-                done, now = start + len(part), time.monotonic()
-                if self._progress is not None:
-                    self._progress(done, len(rows))
-                if now - said > _SAY_EVERY_S:
-                    logger.info("perceptual hashes: %d of %d images", done, len(rows))
-                    said = now
-                if now - saved > _SAVE_EVERY_S:
-                    self._save()
-                    saved = now
-        finally:
-            self._stop.set()
-            executor.shutdown(cancel_futures=True)
-            self._save()
 
-    def _thumbnails(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8] | RefusedImage]:
-        return [self._thumbnail(self._index.image_path(int(row))) for row in rows]
+        def thumbnails(items: range) -> list[NDArray[np.uint8] | RefusedImage]:
+            return [self._thumbnail(self._index.image_path(int(row))) for row in rows[items.start : items.stop]]
+
+        with closing(map_blocks(thumbnails, len(rows), block=_BLOCK_ROWS, num_threads=num_threads)) as blocks:
+            try:
+                for items, found in blocks:
+                    self._keep(rows[items.start : items.stop], found)
+                    now = time.monotonic()
+                    if self._progress is not None:
+                        self._progress(items.stop, len(rows))
+                    if now - said > _SAY_EVERY_S:
+                        logger.info("perceptual hashes: %d of %d images", items.stop, len(rows))
+                        said = now
+                    if now - saved > _SAVE_EVERY_S:
+                        self._save()
+                        saved = now
+            finally:
+                self._stop.set()
+                self._save()
 
     def _thumbnail(self, path: Path) -> NDArray[np.uint8] | RefusedImage:
         found: list[NDArray[np.uint8]] = []

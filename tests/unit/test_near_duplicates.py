@@ -224,7 +224,7 @@ def test_an_interruption_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest
     root = tmp_path / "set"
     for number in range(5):
         write(root, f"{number}", encode(scene(number), "PNG"))
-    monkeypatch.setattr(hash_cache, "_PART_ROWS", 2)
+    monkeypatch.setattr(hash_cache, "_BLOCK_ROWS", 2)
 
     def interrupt(done: int, _total: int) -> None:
         if done >= 4:
