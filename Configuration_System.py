@@ -16,6 +16,7 @@ from tagger.config_io import (
     ConfigError,
     Loaded,
     compose,
+    describe,
     environment_layer,
     flat_values,
     fraction,
@@ -61,6 +62,11 @@ class DataSection:
     cache_dir: str | None = None
     val_list: str | None = None
     val_fraction: float = 0.05
+    calib_fraction: float = 0.0
+    test_fraction: float = 0.0
+    group_near_duplicates: bool = False
+    near_duplicate_bits: int = 3
+    stratified_split: bool = False
     image_size: int = 224
     fit: Literal["letterbox", "buckets"] = "letterbox"
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
@@ -90,6 +96,12 @@ class DataSection:
             "use the most times that one image may come as often as another, e.g. 10",
         )
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
+        fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
+        require(
+            0 <= self.near_duplicate_bits <= 8,
+            f"data.near_duplicate_bits={self.near_duplicate_bits} is not 0 to 8",
+            "3 finds copies that were resized, recompressed or brightened",
+        )
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
             f"data.background={self.background} is not three numbers 0..255",
@@ -453,23 +465,6 @@ def changed_settings(saved: Path, config: FullConfig) -> list[str]:
     before, now = flat_values(load_config(saved, environment={})), flat_values(config)
     keys = [key for key in {**before, **now} if key != "checkpoint.resume"]
     return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
-
-
-def describe(loaded: Loaded[FullConfig]) -> str:
-    """Every setting, its value and its source, one a line."""
-    lines = ["# precedence: defaults < file < environment (TAGGER_SECTION__KEY) < command line"]
-    values = flat_values(loaded.tree)
-    width = max(len(f"{key}: {value}") for key, value in values.items() if len(f"{key}: {value}") <= 60)
-    lines += [f"{f'{key}: {_yaml_scalar(value)}':<{width}}  # {loaded.origin[key]}" for key, value in values.items()]
-    return "\n".join(lines)
-
-
-def _yaml_scalar(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

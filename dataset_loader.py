@@ -28,25 +28,19 @@ from tagger.data.image_reader import ImageReader
 from tagger.data.image_sizes import index_sizes
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
+from tagger.data.position import Position, check_position
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads, num_cores
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.quarantine_log import KnownBad, Quarantine
 from tagger.data.ring import LoaderRing, RingPass, default_num_processes
 from tagger.data.sampler import RowSampler, hash_rows
 from tagger.data.shrink_cache import ShrinkCache
-from tagger.data.split import split_rows
-from tagger.data.weighting import class_aware_sampler, weighted_sampler
-from tagger.errors import InputError
+from tagger.data.split import Part, Split, SplitRule, split_index
+from tagger.data.weighting import create_sampler
 from tagger.preprocess import Preprocess
 from vocabulary import DEFAULT_INDEX_DIR, RATING_TAGS, TagVocabulary
 
 logger = logging.getLogger(__name__)
-
-Position = dict[str, int]
-
-
-class PositionError(InputError):
-    """A position that this loader cannot resume from; the message names what differs."""
 
 
 class _IndexedImages:
@@ -330,30 +324,8 @@ class DataLoader:
         With aspect buckets at another batch size it goes back to a boundary (see `BucketPlan`) and logs how many images
         come again. Raises PositionError when the position belongs to another seed, other rows or other sampling.
         """
-        wanted = {"epoch", "samples", "seed", "rows", "rows_hash"}
-        grouped = position.keys() & {"grouping", "whole"}
-        whole_number = all(type(value) is int for value in position.values())
-        if position.keys() - {"sampling"} - grouped != wanted or len(grouped) == 1 or not whole_number:
-            raise PositionError(f"{dict(position)} is not a position of a loader; it has {', '.join(sorted(wanted))}")
-        names = {
-            "seed": "training.seed",
-            "rows": "number of images",
-            "rows_hash": "images or split (hash)",
-            "sampling": "data.sampling (hash)",
-        }
-        found = [
-            f"{names[key]} {position.get(key, 0)} there, {value} here"
-            for key, value in self._identity.items()
-            if position.get(key, 0) != value
-        ]
-        if found:
-            raise PositionError(
-                f"the position to resume from belongs to another order of images: {'; '.join(found)}; "
-                "bring back the data set and the settings, or start a new run"
-            )
+        grouped = check_position(position, self._identity)
         samples, whole = position["samples"], position.get("whole", 0)
-        if position["epoch"] < 0 or not (0 <= samples <= self.num_rows and 0 <= whole <= self.num_rows):
-            raise PositionError(f"position epoch={position['epoch']}, samples={samples} is outside 0..{self.num_rows}")
         start = self._source.plan.resume_at(samples, Grouping(position["grouping"], whole) if grouped else None)
         if start < samples:
             message = "the order of this epoch has changed with the batches: %d images of it come a second time"
@@ -424,6 +396,20 @@ def open_dataset(section: DataSection) -> MetadataIndex:
     return index
 
 
+def split_dataset(section: DataSection, index: MetadataIndex) -> Split:
+    """Which images of the configured data set are for training and which are held out, and for what."""
+    rule = SplitRule(
+        section.val_fraction,
+        section.calib_fraction,
+        section.test_fraction,
+        val_list=Path(section.val_list) if section.val_list is not None else None,
+        near_duplicate_bits=section.near_duplicate_bits if section.group_near_duplicates else None,
+        stratified=section.stratified_split,
+    )
+    max_pixels = int(section.max_megapixels * 1_000_000)
+    return split_index(index, rule, max_pixels=max_pixels, num_threads=section.num_threads)
+
+
 def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed: int) -> Mirroring | None:
     """The configured mirroring over a data set; None where no image can ever be mirrored."""
     coin = MirrorCoin.from_files(section.mirror_probability, seed, section.never_flip_file, section.force_flip_file)
@@ -436,16 +422,6 @@ def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed:
     table = handler.compile(dataset.vocabulary)
     logger.info("%s", table.summary())
     return Mirroring(coin, table.mirror_of, handler.vetoes(dataset.index.tag_names, dataset.vocabulary) != 0)
-
-
-def create_sampler(section: DataSection, dataset: _IndexedImages, rows: NDArray[np.integer], seed: int) -> RowSampler:
-    """The configured order of the training rows."""
-    if section.sampling == "weighted":
-        power, cap = section.sampling_power, section.sampling_cap
-        return weighted_sampler(dataset.table, rows, seed, power=power, cap=cap)
-    if section.sampling == "class_aware":
-        return class_aware_sampler(dataset.table, rows, seed)
-    return RowSampler(rows, seed)
 
 
 def create_dataloaders(
@@ -467,8 +443,7 @@ def create_dataloaders(
         if data.annotations is None
         else DatasetLoader(data.annotations, data.roots[0], vocabulary, index=index)
     )
-    val_list = Path(data.val_list) if data.val_list is not None else None
-    split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
+    split = split_dataset(data, index)
     on_cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     options = LoadOptions.from_config(data, config.model.resolved_patch_size, on_cuda=on_cuda)
     if options.cache is not None:
@@ -479,19 +454,26 @@ def create_dataloaders(
         split.training_rows,
         config.training.batch_size,
         options,
-        held_out=split.validation,
+        held_out=split.others(Part.TRAIN),
         seed=config.training.seed,
         mirroring=create_mirroring(config.orientation, dataset, config.training.seed),
         quarantine=quarantine,
-        sampler=create_sampler(data, dataset, split.training_rows, config.training.seed),
+        sampler=create_sampler(
+            data.sampling,
+            dataset.table,
+            split.training_rows,
+            config.training.seed,
+            power=data.sampling_power,
+            cap=data.sampling_cap,
+        ),
     )
     validation = DataLoader(
         dataset,
         split.validation_rows,
         config.validation.batch_size or config.training.batch_size,
         options,
-        held_out=~split.validation,
+        held_out=split.others(Part.VAL),
         quarantine=quarantine,
     )
-    logger.info("%d images for training, %d for validation", train.num_rows, validation.num_rows)
+    logger.info("%s", split.describe())
     return train, validation

@@ -84,6 +84,17 @@ class ClassAwareSampler(RowSampler):
         return self._take(self.members[first + chosen.astype(np.int64)])
 
 
+def create_sampler(
+    kind: str, table: TaggedRows, rows: NDArray[np.integer], seed: int, *, power: float, cap: float
+) -> RowSampler:
+    """The order of training rows: "uniform" (each once), "weighted" by their rarest tag, or "class_aware"."""
+    if kind == "weighted":
+        return weighted_sampler(table, rows, seed, power=power, cap=cap)
+    if kind == "class_aware":
+        return class_aware_sampler(table, rows, seed)
+    return RowSampler(rows, seed)
+
+
 def weighted_sampler(
     table: TaggedRows, rows: NDArray[np.integer], seed: int, *, power: float, cap: float
 ) -> WeightedSampler:

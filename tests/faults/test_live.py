@@ -19,7 +19,7 @@ import torch
 
 from dataset_loader import DataLoader, Position
 from tagger.batch import Batch
-from tagger.data import image_reader
+from tagger.data import batch_job, image_reader
 from tagger.data.decode import describe_decoder
 from tagger.data.quarantine import Clock, FailureBudget, FileFacts, StorageError, read_with_facts
 from tagger.data.quarantine_log import Quarantine

@@ -12,11 +12,12 @@ from PIL import Image
 
 import train_direct
 import validation_loop
-from dataset_loader import DataLoader, PositionError
+from dataset_loader import DataLoader
 from scripts import predict
 from tagger.artifact import load_artifact
 from tagger.data.decode import decode_image
 from tagger.data.image_sizes import index_sizes
+from tagger.data.position import PositionError
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import NUM_IMAGES, assert_same, epoch_of, loaders, path_of, rows_of, write_dataset
 
