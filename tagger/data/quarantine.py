@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tagger.data.decode import RefusedImage
 from tagger.data.scan import TRANSIENT_ERRORS, printable
-from tagger.errors import InputError
+from tagger.errors import DataFailureError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,6 @@ _REASONS = {
 _OPEN_FLAGS = os.O_RDONLY
 for _name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC"):
     _OPEN_FLAGS |= vars(os).get(_name, 0)
-
-
-class StorageError(RuntimeError):
-    """Storage or memory that did not recover in time; no file is to blame."""
-
-
-class DataFailureError(InputError):
-    """More refused images than the budget allows."""
 
 
 class UnreadableFile(RefusedImage):

@@ -21,8 +21,9 @@ from dataset_loader import (
 )
 from tagger.data import batch_job
 from tagger.data.decode import decode_image
-from tagger.data.quarantine import DataFailureError, FailureBudget, read_image_file
+from tagger.data.quarantine import FailureBudget, read_image_file
 from tagger.data.split import SplitError
+from tagger.errors import DataFailureError
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, epoch_of, loaders, path_of, rows_of, write_dataset
 
