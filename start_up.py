@@ -4,7 +4,7 @@ Refuses, with InputError, what cannot be trained as asked, before anything is wr
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,7 +98,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
         config.checkpoint.keep_last,
         config.checkpoint.best_metric,
         vocabulary_sha256=vocabulary.sha256,
-        config_sha256=digest(config),
+        config_sha256=digest(replace(config, checkpoint=replace(config.checkpoint, resume="none"))),
     )
     # Where the weights come from, the first that applies: 1. the checkpoint to resume from; 2. the weights of another
     # run (checkpoint.init_from); 3. scratch.

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Self
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class StopRequest:
         if self._file_seen and self._file is not None:
             self._file.unlink(missing_ok=True)
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._on_signal)
