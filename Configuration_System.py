@@ -326,6 +326,8 @@ class CheckpointSection:
     keep_last: int = 3
     best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"
     resume: str = "none"
+    init_from: str | None = None
+    on_schedule_change: Literal["error", "rescale", "keep"] = "rescale"
 
     def __post_init__(self) -> None:
         positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)

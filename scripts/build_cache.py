@@ -23,10 +23,9 @@ from rich.progress import (
 
 from Configuration_System import FullConfig, load_config
 from dataset_loader import open_dataset
-from tagger.data.quarantine import StorageError
 from tagger.data.shrink_build import REFUSED, BuildOptions, BuildProgress, BuildReport, build_cache
 from tagger.data.shrink_cache import CacheError, CacheRecipe
-from tagger.errors import InputError
+from tagger.errors import InputError, StorageError
 
 EXAMPLE = (
     "example:\n  python -m scripts.build_cache configs/demo.yaml --folder .tagsmith/cache-448 --size 448\n"

@@ -21,8 +21,9 @@ from dataset_loader import DataLoader, Position
 from tagger.batch import Batch
 from tagger.data import batch_job, image_reader
 from tagger.data.decode import describe_decoder
-from tagger.data.quarantine import Clock, FailureBudget, FileFacts, StorageError, read_with_facts
+from tagger.data.quarantine import Clock, FailureBudget, FileFacts, read_with_facts
 from tagger.data.quarantine_log import Quarantine
+from tagger.errors import StorageError
 from tests.tiny_dataset import assert_same, draw, epoch_of, loaders, path_of, rows_of, write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]

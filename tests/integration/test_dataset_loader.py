@@ -23,8 +23,9 @@ from dataset_loader import (
 from tagger.data import image_reader
 from tagger.data.decode import decode_image
 from tagger.data.position import PositionError
-from tagger.data.quarantine import DataFailureError, FailureBudget, FileFacts, read_with_facts
+from tagger.data.quarantine import FailureBudget, FileFacts, read_with_facts
 from tagger.data.split import Part, SplitError
+from tagger.errors import DataFailureError
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, epoch_of, loaders, path_of, rows_of, write_dataset
 

@@ -14,10 +14,11 @@ import torch
 from tagger.batch import Batch
 from tagger.data.batch_job import Outcome, PreparedBatch
 from tagger.data.messages import Done, Failed, Grant, Sender, received, share, shared
-from tagger.data.quarantine import DataFailureError, Refusal, StorageError
+from tagger.data.quarantine import Refusal
 from tagger.data.ring import default_num_processes
 from tagger.data.shared_block import SharedBlock
 from tagger.data.slots import SlotRing
+from tagger.errors import DataFailureError, StorageError
 from tests.faulty_images import OddError
 
 
