@@ -291,12 +291,20 @@ class CheckpointSection:
     """What is kept of a run and where it starts."""
 
     every_steps: int = 1000
+    every_minutes: float | None = None
     keep_last: int = 3
+    keep_every: int | None = None
     best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"
     resume: str = "none"
 
     def __post_init__(self) -> None:
-        positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        positive(
+            "checkpoint",
+            every_steps=self.every_steps,
+            every_minutes=self.every_minutes,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+        )
         require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, none or the path of a checkpoint")
 
 

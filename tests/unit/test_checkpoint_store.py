@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tagger.checkpoint import format as checkpoint_format
 from tagger.checkpoint import writer as checkpoint_writer
 from tagger.checkpoint.format import CheckpointError, encode_state, list_checkpoints, verify_checkpoint
+from tagger.checkpoint.retention import SavePolicy
 from tagger.checkpoint.store import CheckpointStore, load_checkpoint, read_best
 from tagger.files import read_json
 
@@ -26,7 +27,7 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def store(folder: Path, keep_last: int = 3, metric: str = "val/mAP") -> CheckpointStore:
-    return CheckpointStore(folder, keep_last, metric)
+    return CheckpointStore(folder, SavePolicy(keep_last), metric)
 
 
 def commit(target: CheckpointStore, step: int, value: float | None = None) -> Path:
@@ -141,9 +142,9 @@ def test_best_without_a_record_is_the_newest_and_says_so(tmp_path: Path, caplog:
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    commit(CheckpointStore(tmp_path, 3, "val/mAP", vocabulary_sha256="a" * 64), 1)
+    commit(CheckpointStore(tmp_path, SavePolicy(3), "val/mAP", vocabulary_sha256="a" * 64), 1)
     with pytest.raises(CheckpointError, match="another vocabulary"):
-        CheckpointStore(tmp_path, 3, "val/mAP", vocabulary_sha256="b" * 64).load("latest")
+        CheckpointStore(tmp_path, SavePolicy(3), "val/mAP", vocabulary_sha256="b" * 64).load("latest")
 
 
 def test_best_is_compared_with_the_same_metric_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -176,7 +177,7 @@ def test_a_value_that_is_not_finite_is_never_best(tmp_path: Path, value: float, 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     target = store(tmp_path, keep_last=1)
     commit(target, 1)
-    with pytest.raises(CheckpointError, match="w is not finite at step 2"):
+    with pytest.raises(CheckpointError, match=r"w \(model\) is not finite at step 2"):
         target.commit(2, tensors(float("nan")), encode_state({}))
     assert weight(tmp_path) == 1.0
 
