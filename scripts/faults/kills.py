@@ -78,7 +78,7 @@ def _import_all() -> None:
 
 
 def random_kills(folder: Path, number: int, seed: int = 0) -> Outcome:
-    """Kill a process that saves at every step, after up to three acknowledgements and a part of the next save; audit."""
+    """Kill a process that saves at every step, after up to three acknowledgements and part of the next save; audit."""
     outcome = Outcome("random kill -9")
     _import_all()
     draw = random.Random(seed)

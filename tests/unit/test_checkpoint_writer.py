@@ -196,9 +196,7 @@ def test_submitting_never_waits_for_the_disk(writer: AsyncCheckpointWriter[int],
     assert disk.written == []
 
 
-def test_an_item_with_a_purpose_of_its_own_is_never_dropped(
-    writer: AsyncCheckpointWriter[int], disk: SlowDisk
-) -> None:
+def test_an_item_with_a_purpose_of_its_own_is_never_dropped(writer: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:
     occupy(writer, disk)
     for item in range(1, 10):
         writer.submit(item, LAST | {f"history {item}"} if item % 3 == 0 else LAST)

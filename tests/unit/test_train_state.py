@@ -330,9 +330,7 @@ def test_saving_is_due_by_steps_history_and_minutes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("ema", [True, False])
-def test_stand_ins_have_the_forms_of_the_state_after_a_step(
-    name: typing.Literal["adamw", "muon"], ema: bool
-) -> None:
+def test_stand_ins_have_the_forms_of_the_state_after_a_step(name: typing.Literal["adamw", "muon"], ema: bool) -> None:
     state = new_state(name, ema)
 
     def forms(parts: dict) -> dict:
