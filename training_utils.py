@@ -327,12 +327,24 @@ class TrainState:
     def restore(self, loaded: LoadedCheckpoint) -> None:
         """Become the state that was saved, in place: what follows is what would have followed.
 
-        Settings stay this run's own. Raises InputError where the checkpoint is of another model or optimizer.
+        Settings stay this run's own. Raises InputError where the checkpoint is of another model or optimizer, or its
+        values are not those of a run; what is half restored then must not be trained on.
         """
+        try:
+            self._restore(loaded)
+        except InputError:
+            raise
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {loaded.path}: state.json was not written by this program ({type(error).__name__} {error})"
+            ) from error
+
+    def _restore(self, loaded: LoadedCheckpoint) -> None:
         values = cast(Mapping[str, Any], loaded.state)
-        missing = [name for name in (*_COUNTERS, *_VALUES) if name not in values]
-        if missing or values["step"] != loaded.step:
-            what = f"lacks {missing[0]}" if missing else "is of another step than its manifest"
+        rules = {**_COUNTERS, **_VALUES}
+        wrong = [name for name, valid in rules.items() if name not in values or not valid(values[name])]
+        if wrong or values["step"] != loaded.step:
+            what = f"has no valid {wrong[0]}" if wrong else "is of another step than its manifest"
             raise CheckpointError(f"checkpoint {loaded.path}: state.json {what}; it was not written by this program")
         load_tensors(named_tensors(self.model), loaded.tensors["model"], f"{loaded.path}: the weights")
         optimizer_state = loaded.tensors.get("optimizer", {})
@@ -360,8 +372,31 @@ class TrainState:
             self.ema.load_state_dict(saved, num_updates)
 
 
-_COUNTERS = ("step", "epoch", "position", "samples_seen", "seconds", "extra")
-_VALUES = ("optimizer", "precision", "random", "ema_updates", "early_stopping")
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_position(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_count(each) for each in value.values()))
+
+
+# The fields of `TrainState` that are plain values, and what a file may give them.
+_COUNTERS: dict[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "epoch": _is_count,
+    "position": _is_position,
+    "samples_seen": _is_count,
+    "seconds": lambda value: isinstance(value, int | float) and value >= 0,
+    "extra": lambda value: isinstance(value, dict),
+}
+# What else `snapshot_parts` writes.
+_VALUES: dict[str, Callable[[object], bool]] = {
+    "optimizer": lambda value: isinstance(value, dict),
+    "precision": lambda value: isinstance(value, dict),
+    "random": lambda value: isinstance(value, dict),
+    "ema_updates": lambda value: value is None or _is_count(value),
+    "early_stopping": lambda value: value is None or isinstance(value, dict),
+}
 
 
 class CheckpointManager(CheckpointSaver):

@@ -113,6 +113,7 @@ def test_damage_that_goes_unnoticed_would_be_found(tmp_path: Path, monkeypatch: 
     assert mutations(tmp_path, 36).violations
 
 
+@pytest.mark.slow
 def test_a_disk_that_runs_full_stops_nothing(tmp_path: Path) -> None:
     reason = reason_to_skip()
     if reason is not None:

@@ -1,5 +1,6 @@
 """Resuming is bitwise exact, and what a run saves is never lost, mixed up or changed behind its back."""
 
+import dataclasses
 import random
 import typing
 from pathlib import Path
@@ -186,6 +187,33 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     loaded = saved_checkpoint(tmp_path, new_state("adamw", ema=False))
     with pytest.raises(InputError, match="of the optimizer AdamW, this run has MuonAdamW"):
         new_state("muon", ema=False).restore(loaded)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", 4),
+        ("epoch", "2"),
+        ("epoch", -1),
+        ("position", [1]),
+        ("position", {"batch": "x"}),
+        ("samples_seen", True),
+        ("seconds", None),
+        ("extra", None),
+        ("optimizer", 5),
+        ("optimizer", {"kind": "AdamW", "groups": [{}]}),
+        ("precision", []),
+        ("random", None),
+        ("random", {"numpy": "abc", "python": [3, None]}),
+        ("early_stopping", {"metric": "val/mAP"}),
+        ("ema_updates", "many"),
+    ],
+)
+def test_values_that_no_run_writes_are_refused_by_one_line(tmp_path: Path, key: str, value: object) -> None:
+    loaded = saved_checkpoint(tmp_path, new_state())
+    forged = dataclasses.replace(loaded, state={**loaded.state, key: value})
+    with pytest.raises(InputError, match="checkpoint"):
+        new_state().restore(forged)
 
 
 def test_ema_that_comes_or_goes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
