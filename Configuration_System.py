@@ -5,6 +5,7 @@ Refuses unknown settings, wrong types and impossible combinations with one line 
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from tagger.config_io import (
     compose,
     describe,
     environment_layer,
+    existing_files,
     flat_values,
     fraction,
     not_negative,
@@ -28,6 +30,7 @@ from tagger.config_io import (
 )
 
 ENVIRONMENT_PREFIX = "TAGGER_"
+SMALLEST_LOSS_MARGIN = 1e-30  # held against the loss's own by a test
 PRESET_PATCH_SIZE = 16  # of every preset; the model's own table is held against it by a test
 
 
@@ -88,11 +91,10 @@ class DataSection:
             num_threads=self.num_threads,
             prefetch_batches=self.prefetch_batches,
         )
-        not_negative("data", num_processes=self.num_processes)
-        not_negative("data", sampling_power=self.sampling_power, sampling_cap=self.sampling_cap)
+        not_negative("data", num_processes=self.num_processes, sampling_power=self.sampling_power)
         require(
-            self.sampling_cap >= 1,
-            f"data.sampling_cap={self.sampling_cap} is below 1",
+            1 <= self.sampling_cap < math.inf,
+            f"data.sampling_cap={self.sampling_cap} is below 1 or not finite",
             "use the most times that one image may come as often as another, e.g. 10",
         )
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
@@ -224,7 +226,10 @@ class LossSection:
             rating_weight=self.rating_weight,
             tag_weight_power=self.tag_weight_power,
         )
-        require(0 <= self.clip < 1, f"loss.clip={self.clip} is not in 0 <= x < 1", "0 turns the margin off")
+        good = self.clip == 0 or SMALLEST_LOSS_MARGIN <= self.clip < 1
+        require(
+            good, f"loss.clip={self.clip} is not in 0 <= x < 1, or all but 0", "0 turns the margin off, 0.05 is usual"
+        )
 
 
 @dataclass
@@ -323,14 +328,22 @@ class CheckpointSection:
     """What is kept of a run and where it starts."""
 
     every_steps: int = 1000
+    every_minutes: float | None = None
     keep_last: int = 3
+    keep_every: int | None = None
     best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"
     resume: str = "none"
     init_from: str | None = None
     on_schedule_change: Literal["error", "rescale", "keep"] = "rescale"
 
     def __post_init__(self) -> None:
-        positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        positive(
+            "checkpoint",
+            every_steps=self.every_steps,
+            every_minutes=self.every_minutes,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+        )
         require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, none or the path of a checkpoint")
 
 
@@ -442,22 +455,16 @@ def check_paths(config: FullConfig) -> None:
         f"data.cache_dir: {cache} is not a folder (looked in {Path.cwd()})",
         "make it with `python -m scripts.build_cache`, or set it to null",
     )
-    files = {
-        "data.annotations": config.data.annotations,
-        "data.val_list": config.data.val_list,
-        "vocabulary.file": config.vocabulary.file,
-        "vocabulary.ignore_file": config.vocabulary.ignore_file,
-        "vocabulary.categories_file": config.vocabulary.categories_file,
-        "orientation.map_path": config.orientation.map_path,
-        "orientation.never_flip_file": config.orientation.never_flip_file,
-        "orientation.force_flip_file": config.orientation.force_flip_file,
-    }
-    for key, name in files.items():
-        require(
-            name is None or Path(name).is_file(),
-            f"{key}: {name} is not a file (looked in {Path.cwd()})",
-            "correct the path, or set it to null",
-        )
+    existing_files(
+        data__annotations=config.data.annotations,
+        data__val_list=config.data.val_list,
+        vocabulary__file=config.vocabulary.file,
+        vocabulary__ignore_file=config.vocabulary.ignore_file,
+        vocabulary__categories_file=config.vocabulary.categories_file,
+        orientation__map_path=config.orientation.map_path,
+        orientation__never_flip_file=config.orientation.never_flip_file,
+        orientation__force_flip_file=config.orientation.force_flip_file,
+    )
 
 
 def changed_settings(saved: Path, config: FullConfig) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import evaluation_metrics
 from evaluation_metrics import MetricComputer, MetricResult
+from tagger.errors import DivergedError
 
 
 def scikit_learn(logits: Tensor, targets: Tensor, threshold: float = 0.5) -> dict[str, object]:
@@ -225,6 +226,6 @@ def test_a_refused_batch_leaves_no_trace():
     logits, targets = random_case(10, 2, seed=1)
     computer = MetricComputer(2)
     computer.update(logits, targets)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(DivergedError, match="NaN"):
         computer.update(logits * math.nan, targets)
     assert_same(computer.compute(), score(logits, targets))
