@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from dataset_loader import DataLoader
+from dataset_loader import DataLoader, Position
+from tagger.batch import Batch
 from tagger.data import ring
 from tagger.data.quarantine import DataFailureError, StorageError
 from tagger.data.ring import LoaderProcessError, LoaderTraceback
@@ -115,9 +117,7 @@ def test_processes_give_the_same_bytes_as_threads_through_all_that_a_run_does(op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("num_threads", [1, 4])
-@pytest.mark.parametrize("in_flight", [1, 4])
+@pytest.mark.parametrize(("num_processes", "num_threads", "in_flight"), [(1, 1, 4), (1, 4, 1), (2, 2, 4), (2, 4, 2)])
 def test_the_same_seed_and_epoch_give_the_same_bytes(
     open_loaders: Open, num_processes: int, num_threads: int, in_flight: int
 ) -> None:
@@ -207,14 +207,11 @@ def test_errors_arrive_as_themselves_with_the_traceback(open_loaders: Open) -> N
     for fault, kind, words in (("storage", StorageError, "the disk is gone"), ("odd", RuntimeError, "salt and pepper")):
         loader, _ = open_loaders(data__num_processes=2)
         use(loader, row, fault)
-        found = []
+        found: list[tuple[Batch, Position]] = []
         with pytest.raises(kind, match=words) as caught:
             found.extend(loader)
-        for pair in iter(loader):
-            found.append(pair)
-            if len(found) == 2:
-                break
-        assert_same(found[:2], expected[:2])
+        assert_same(found, expected[:3])
+        assert_same(list(islice(loader, 2)), expected[:2])
         assert isinstance(caught.value.__cause__, LoaderTraceback)
         assert "in load_into" in str(caught.value.__cause__)
 
@@ -304,7 +301,8 @@ def test_no_process_and_no_memory_is_left_however_the_run_ends(root: Path, tmp_p
     )
     assert run.stdout is not None
     process_ids = [int(word) for word in run.stdout.readline().split()]
-    assert len(process_ids) == 2 and not any(map(is_gone, process_ids))
+    assert len(process_ids) == 2
+    assert how == "exit" or not any(map(is_gone, process_ids))
     if how == "sleep":
         run.kill()
     stdout, stderr = run.communicate(timeout=60)
