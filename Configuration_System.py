@@ -63,6 +63,8 @@ class DataSection:
     image_size: int = 224
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     max_megapixels: float = 200.0
+    decode_scaling: Literal["safe", "tight", "off"] = "safe"
+    partial_images: bool = False
     num_processes: int | None = None
     num_threads: int | None = None
     prefetch_batches: int = 4

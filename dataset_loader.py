@@ -9,8 +9,9 @@ and counted; it never becomes zeros or the image beside it.
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,14 @@ from Configuration_System import DataSection, FullConfig, OrientationSection
 from orientation_handler import MirrorCoin, OrientationHandler
 from tagger.batch import Batch
 from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
+from tagger.data.decode import DecodeOptions, describe_decoder
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads, num_cores
 from tagger.data.quarantine import FailureBudget, Refusal
+from tagger.data.quarantine_log import Quarantine
 from tagger.data.ring import LoaderRing, RingPass, default_num_processes
 from tagger.data.sampler import RowSampler, hash_rows
+from tagger.data.scan import printable
 from tagger.data.split import split_rows
 from tagger.errors import InputError
 from tagger.preprocess import Preprocess
@@ -100,17 +104,25 @@ class DatasetLoader(_IndexedImages):
 class LoadOptions:
     """How a loader prepares images.
 
-    max_pixels: cap of width x height, checked before decoding. num_threads: decoding threads in all (None: by the
-    machine). prefetch_batches: batches prepared ahead; each takes 3 * image_size ** 2 bytes an image. num_processes:
-    loader processes that the threads are spread over (0: this one). pin_memory: page-lock their memory for CUDA.
+    max_pixels: cap of width x height, checked before decoding. partial_images: truncated files give what there is of
+    them. num_threads: decoding threads in all (None: by the machine). prefetch_batches: batches prepared ahead; each
+    takes 3 * image_size ** 2 bytes an image. num_processes: loader processes that the threads are spread over (0: this
+    one). pin_memory: page-lock their memory for CUDA.
     """
 
     preprocess: Preprocess
     max_pixels: int = 200_000_000
+    partial_images: bool = False
     num_threads: int | None = None
     prefetch_batches: int = 4
     num_processes: int = 0
     pin_memory: bool = False
+
+    @property
+    def decoding(self) -> DecodeOptions:
+        """How a file's bytes become pixels."""
+        preprocess = self.preprocess
+        return DecodeOptions(preprocess.background, self.max_pixels, preprocess.decode_scaling, self.partial_images)
 
     @classmethod
     def from_config(cls, section: DataSection, *, on_cuda: bool = False) -> "LoadOptions":
@@ -126,8 +138,11 @@ class LoadOptions:
         place = f"{num_processes} loader processes" if num_processes else "threads of this process"
         logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
         return cls(
-            Preprocess(image_size=section.image_size, background=(red, green, blue)),
+            Preprocess(
+                image_size=section.image_size, background=(red, green, blue), decode_scaling=section.decode_scaling
+            ),
             int(section.max_megapixels * 1_000_000),
+            section.partial_images,
             num_threads,
             section.prefetch_batches,
             num_processes,
@@ -149,7 +164,7 @@ class ImagePreFetcher:
         spans = zip(starts, stops, strict=True)
         self._inner: OrderedPrefetcher[PreparedBatch] | RingPass
         if ring is not None and not ring.busy:
-            self._inner = ring.begin(epoch, spans)
+            self._inner = ring.begin(epoch, spans, source.images.known_bad)
             return
         # Those in flight, and two in the hands of the consumer.
         pool = BufferPool(min(starts.step, num_rows) * math.prod(source.images.shape), options.prefetch_batches + 2)
@@ -206,8 +221,12 @@ class DataLoader:
         seed: int | None = None,
         mirroring: Mirroring | None = None,
         budget: FailureBudget | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served."""
+        """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served.
+
+        quarantine: the memory of broken files, shared by the loaders of a run; None: one that ends with this loader.
+        """
         if not len(rows) or batch_size < 1:
             raise ValueError(f"{len(rows)} rows in batches of {batch_size}: each must be at least 1")
         never = np.zeros(len(dataset), dtype=np.bool_) if held_out is None else held_out
@@ -216,7 +235,11 @@ class DataLoader:
         self._budget = budget or FailureBudget(len(rows))
         self.dataset = dataset
         self.options = options
-        images = ImageSource(dataset.index, options.preprocess, options.max_pixels)
+        if quarantine is None:
+            quarantine = Quarantine(None, describe_decoder(options.decoding))
+        self._quarantine = quarantine
+        self._partial: dict[str, None] = {}
+        images = ImageSource(dataset.index, options.preprocess, options.decoding)
         self._source = BatchSource(dataset.table, images, RowSampler(rows, seed), mirroring, never)
         self._batch_size = batch_size
         self._identity = {
@@ -250,6 +273,11 @@ class DataLoader:
     def refusals(self) -> tuple[Refusal, ...]:
         """Files left out so far, and why."""
         return self._budget.refusals
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Truncated files used in part so far; empty unless partial images are allowed."""
+        return tuple(self._partial)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -298,7 +326,9 @@ class DataLoader:
     def _batches(self, epoch: int, starts: range) -> Iterator[tuple[Batch, Position]]:
         if not starts:
             return
-        prefetcher = ImagePreFetcher(self._source, self.options, epoch, starts, self._open_ring())
+        images = replace(self._source.images, known_bad=self._quarantine.known_bad())
+        source = replace(self._source, images=images)
+        prefetcher = ImagePreFetcher(source, self.options, epoch, starts, self._open_ring())
         try:
             for start in starts:
                 waited = prefetcher.wait_seconds
@@ -309,6 +339,7 @@ class DataLoader:
                 if prepared.batch is not None:
                     self.mirrored += int(prepared.batch.mirrored.sum())
                     yield prepared.batch, self._position(min(start + starts.step, self.num_rows), epoch)
+            self._report()
         finally:
             prefetcher.close()
 
@@ -331,13 +362,29 @@ class DataLoader:
             )
         return self._ring
 
+    def _report(self) -> None:
+        """One line at the end of an epoch about what is not as it should be, if anything is."""
+        counts = Counter(refusal.reason for refusal in self.refusals)
+        counts.update({"partial": len(self._partial)})
+        if counts.total():
+            listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common() if count)
+            known = self._quarantine.num_files
+            logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, known)
+
     def _judge(self, prepared: PreparedBatch) -> None:
         """Count what was used and what was refused; raises DataFailureError past the failure budget."""
         for outcome in prepared.outcomes:
-            if outcome.refused is None:
-                self._budget.accept()
-            else:
-                self._budget.refuse(self.dataset.index.image_path(outcome.row), outcome.refused)
+            if outcome.refused is not None:
+                self._quarantine.record(outcome.refused)
+                self._budget.refuse(outcome.refused)
+                continue
+            self._budget.accept()
+            if outcome.partial or outcome.mended:
+                name = printable(self.dataset.index.image_path(outcome.row))
+                if outcome.partial:
+                    self._partial[name] = None
+                if outcome.mended:
+                    self._quarantine.clear(name)
 
     def _position(self, samples: int, epoch: int = 0) -> Position:
         return {"epoch": epoch, "samples": samples, **self._identity}
@@ -378,10 +425,15 @@ def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed:
 
 
 def create_dataloaders(
-    config: FullConfig, vocabulary: TagVocabulary, index: MetadataIndex | None = None
+    config: FullConfig,
+    vocabulary: TagVocabulary,
+    index: MetadataIndex | None = None,
+    *,
+    quarantine_file: Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """(training, validation) loaders of the configured data set; `index`, from `open_dataset`, saves a second scan.
 
+    `quarantine_file` keeps what is known of broken images from one start of a run to the next; the caller owns it.
     Raises InputError for a data set or a split that cannot be used.
     """
     data = config.data
@@ -395,6 +447,7 @@ def create_dataloaders(
     split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
     on_cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     options = LoadOptions.from_config(data, on_cuda=on_cuda)
+    quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding))
     train = DataLoader(
         dataset,
         split.training_rows,
@@ -403,6 +456,7 @@ def create_dataloaders(
         held_out=split.validation,
         seed=config.training.seed,
         mirroring=create_mirroring(config.orientation, dataset, config.training.seed),
+        quarantine=quarantine,
     )
     validation = DataLoader(
         dataset,
@@ -410,6 +464,7 @@ def create_dataloaders(
         config.validation.batch_size or config.training.batch_size,
         options,
         held_out=~split.validation,
+        quarantine=quarantine,
     )
     logger.info("%d images for training, %d for validation", train.num_rows, validation.num_rows)
     return train, validation

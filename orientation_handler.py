@@ -301,10 +301,10 @@ def read_orientation_map(path: Path) -> OrientationMap:
         raise OrientationError(f"{name} does not exist; {remedy}") from error
     except OSError as error:
         raise OrientationError(f"{name} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise OrientationError(f"{name} is not valid JSON ({error})") from error
     except OrientationError as error:
         raise OrientationError(f"{name}: {error}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long or lists too deep to read
+        raise OrientationError(f"{name} is not valid JSON ({error})") from error
     try:
         return _parse_map(name, content)
     except OrientationError as error:

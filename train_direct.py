@@ -222,7 +222,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
     training = config.training
     device = resolve_device(training.device)
     seed_everything(training.seed)
-    vocabulary, train_loader, validation_loader, model = open_data_and_model(config, folder.vocabulary_path)
+    vocabulary, train, validation, model = open_data_and_model(config, folder.vocabulary_path, folder.quarantine_path)
     model.to(device)
     state = TrainState(
         model,
@@ -240,7 +240,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
     )
     # Where the weights come from, the first that applies: 1. the checkpoint to resume from; 2. scratch.
     resumed = config.checkpoint.resume != "none" and resume(config, folder, manager, state)
-    left = windows_left(train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps)
+    left = windows_left(train, state.position, state.epoch, training.num_epochs, training.accumulation_steps)
     total_steps = state.step + left
     planned = state.extra.setdefault("total_steps", total_steps)
     if planned != total_steps:
@@ -256,8 +256,8 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
         folder=folder,
         device=device,
         vocabulary=vocabulary,
-        train_loader=train_loader,
-        validation_loader=validation_loader,
+        train_loader=train,
+        validation_loader=validation,
         model=model,
         parameters=tuple(p for p in model.parameters() if p.requires_grad),
         augment=BatchAugment(**operations, fill=(red, green, blue)),

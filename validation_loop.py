@@ -120,19 +120,19 @@ def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:
 
 
 def open_data_and_model(
-    config: FullConfig, known_vocabulary: Path
+    config: FullConfig, known_vocabulary: Path, quarantine_file: Path | None = None
 ) -> tuple[TagVocabulary, DataLoader, DataLoader, SimplifiedTagger]:
     """(vocabulary, training loader, validation loader, model) of a run that starts, goes on or is looked at.
 
     The vocabulary is the run's own where `known_vocabulary` exists. The model is new: it starts from the tags' shares
-    of the images. Raises InputError for data that cannot be used.
+    of the images. `quarantine_file`: see `create_dataloaders`. Raises InputError for data that cannot be used.
     """
     index = open_dataset(config.data)
     if known_vocabulary.exists():
         vocabulary = TagVocabulary.load(known_vocabulary)
     else:
         vocabulary = configured_vocabulary(config.vocabulary, index)
-    train, validation = create_dataloaders(config, vocabulary, index)
+    train, validation = create_dataloaders(config, vocabulary, index, quarantine_file=quarantine_file)
     model = create_model(
         config.model,
         len(vocabulary),

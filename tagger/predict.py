@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tagger.artifact import Artifact
-from tagger.data.decode import DecodeError, decode_image
+from tagger.data.decode import DecodeError, DecodeOptions, decode
 from tagger.data.scan import image_suffixes, printable
 from tagger.errors import InputError
 from tagger.module_state import load_tensors, named_tensors
@@ -80,7 +80,8 @@ class Tagger:
         self._artifact = artifact
         self._device = device
         self._batch_size = batch_size
-        self._max_pixels = max_pixels
+        preprocess = artifact.preprocess
+        self._decoding = DecodeOptions(preprocess.background, max_pixels, preprocess.decode_scaling)
         ratings = [index for index, tag in enumerate(artifact.tags) if tag.category == "rating"]
         self._exclusive = ratings if artifact.metadata.get("exclusive_ratings", False) else []
 
@@ -116,12 +117,12 @@ class Tagger:
         if path.exists() and not path.is_file():
             return Unreadable(path, "not a regular file")  # reading a pipe could wait for ever
         try:
-            pixels = decode_image(path.read_bytes(), background=preprocess.background, max_pixels=self._max_pixels)
+            decoded = decode(path.read_bytes(), self._decoding, preprocess.content_size)
         except DecodeError as error:
             return Unreadable(path, str(error))
         except OSError as error:
             return Unreadable(path, error.strerror or type(error).__name__)
-        image, valid_size = preprocess.apply(pixels)
+        image, valid_size = preprocess.apply(decoded.pixels, decoded.full_size)
         return _Prepared(path, image, valid_size)
 
     def _score(self, prepared: Sequence[_Prepared]) -> NDArray[np.float32]:

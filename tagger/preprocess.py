@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tagger.data.decode_jpeg import DCT_SCALINGS, DctScaling
 from tagger.files import FormatError, read_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INTERPOLATION = "bicubic"
 FIT = "letterbox"
 
@@ -28,6 +29,8 @@ class Preprocess:
     background: RGB 0..255 of the bars and behind transparency.
     mean, std: per channel, of the range 0..1; the model subtracts and divides, `apply` does not.
     interpolation: torch's antialiased bicubic on uint8. fit: keep the aspect ratio, longest side = image_size.
+    decode_scaling: how far a JPEG may be scaled in its decoder (see DecodeOptions); it moves pixels (tight: about
+    35 dB), so a model keeps to what it was trained with.
     """
 
     image_size: int
@@ -36,6 +39,7 @@ class Preprocess:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: str = INTERPOLATION
     fit: str = FIT
+    decode_scaling: DctScaling = "safe"
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -49,6 +53,8 @@ class Preprocess:
                 f"interpolation={self.interpolation!r}, fit={self.fit!r}: "
                 f"this version carries out {INTERPOLATION!r} with {FIT!r} only; update the program"
             )
+        if self.decode_scaling not in DCT_SCALINGS:
+            raise ValueError(f"decode_scaling={self.decode_scaling!r} is unknown; use {', '.join(DCT_SCALINGS)}")
 
     def content_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of an image's content inside the square.
@@ -66,18 +72,28 @@ class Preprocess:
         nearest = 2 * round((length - parity) / 2) + parity
         return min(max(nearest, 2 - parity), self.image_size)
 
-    def apply(self, rgb: NDArray[np.uint8]) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 [H, W, 3] RGB -> (uint8 [3, image_size, image_size], (height, width) of the content)."""
+    def apply(self, rgb: NDArray[np.uint8], full_size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """uint8 [H, W, 3] RGB -> (uint8 [3, image_size, image_size], (height, width) of the content).
+
+        full_size: (height, width) of the image before its decoder scaled it; None: `rgb` is the full image.
+        """
         square = np.empty((3, self.image_size, self.image_size), dtype=np.uint8)
-        size = self.apply_into(rgb, square)
+        size = self.apply_into(rgb, square, full_size=full_size)
         return torch.from_numpy(square), size
 
-    def apply_into(self, rgb: NDArray[np.uint8], square: NDArray[np.uint8], *, mirror: bool = False) -> tuple[int, int]:
+    def apply_into(
+        self,
+        rgb: NDArray[np.uint8],
+        square: NDArray[np.uint8],
+        *,
+        mirror: bool = False,
+        full_size: tuple[int, int] | None = None,
+    ) -> tuple[int, int]:
         """Write the letterboxed image over every pixel of `square`, uint8 [3, image_size, image_size].
 
-        `mirror` flips the result left to right. Returns (height, width) of the content.
+        `mirror` flips the result left to right. `full_size` as in `apply`. Returns (height, width) of the content.
         """
-        height, width = self.content_size(rgb.shape[0], rgb.shape[1])
+        height, width = self.content_size(*(full_size or rgb.shape[:2]))
         content = _resize(rgb, height, width)
         if mirror:
             content = content[:, :, ::-1]
@@ -99,6 +115,7 @@ class Preprocess:
             "fit": self.fit,
             "interpolation": self.interpolation,
             "antialias": True,
+            "decode_scaling": self.decode_scaling,
             "background": list(self.background),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -114,6 +131,10 @@ class Preprocess:
         if not isinstance(size, int) or isinstance(size, bool):
             raise FormatError(f"preprocess: image_size={size!r} is not a whole number")
         red, green, blue = (int(channel) for channel in _triple(content, "background"))
+        # Before version 2 nothing was scaled in the decoder.
+        scaling = content.get("decode_scaling") if found >= 2 else "off"
+        if scaling not in DCT_SCALINGS:
+            raise FormatError(f"preprocess: decode_scaling={scaling!r} is not one of {', '.join(DCT_SCALINGS)}")
         try:
             return cls(
                 image_size=size,
@@ -122,6 +143,7 @@ class Preprocess:
                 std=_triple(content, "std"),
                 interpolation=str(content.get("interpolation")),
                 fit=str(content.get("fit")),
+                decode_scaling=scaling,
             )
         except ValueError as error:
             raise FormatError(f"preprocess: {error}") from error

@@ -158,6 +158,11 @@ class RunFolder:
         return self.path / "vocabulary.json"
 
     @property
+    def quarantine_path(self) -> Path:
+        """Images that cannot be decoded; see tagger/data/quarantine_log.py."""
+        return self.path / "quarantine.jsonl"
+
+    @property
     def results_path(self) -> Path:
         """How the run went."""
         return results_path(self.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tagger.data.batch_job import ImageSource
+from tagger.data.batch_job import ImageSource, LoadedImage
 from tagger.data.quarantine import StorageError
 
 
@@ -26,11 +26,11 @@ class OddError(Exception):
 class FaultyImages(ImageSource):
     """Does `fault` at a row: once where there is a `marker` to remember it by, else always."""
 
-    row: int
-    fault: str
+    row: int = -1
+    fault: str = ""
     marker: Path | None = None
 
-    def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> tuple[int, int]:
+    def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> LoadedImage:
         if row == self.row and not (self.marker and self.marker.exists()):
             if self.marker:
                 self.marker.touch()

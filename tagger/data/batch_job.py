@@ -6,7 +6,8 @@ AssertionError, to touch a row that is held out.
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -14,11 +15,20 @@ import torch
 from numpy.typing import NDArray
 
 from tagger.batch import Batch
-from tagger.data.decode import RefusedImage, decode_image
+from tagger.data.decode import DecodeError, DecodeOptions, RefusedImage, decode
 from tagger.data.index import MetadataIndex
-from tagger.data.quarantine import read_image_file, retry_transient
+from tagger.data.quarantine import (
+    SYSTEM_CLOCK,
+    Clock,
+    Refusal,
+    UndecodableFile,
+    read_with_facts,
+    retry_transient,
+)
+from tagger.data.quarantine_log import KnownBad
 from tagger.data.ragged import gather, pack
 from tagger.data.sampler import RowSampler
+from tagger.data.scan import printable
 from tagger.preprocess import Preprocess
 
 Rows = NDArray[np.int64]
@@ -91,12 +101,24 @@ class Mirroring:
 
 
 @dataclass(frozen=True)
+class LoadedImage:
+    """content_size: (height, width) of the image inside the model's form. partial: pixels are missing, and that was
+    allowed. mended: the file was in quarantine and has changed.
+    """
+
+    content_size: tuple[int, int]
+    partial: bool
+    mended: bool
+
+
+@dataclass(frozen=True)
 class ImageSource:
-    """From a row to its pixels in the model's form. `max_pixels` caps width x height, checked before decoding."""
+    """From a row to its pixels in the model's form. `known_bad` are files that are refused without reading them."""
 
     index: MetadataIndex
     preprocess: Preprocess
-    max_pixels: int
+    decoding: DecodeOptions
+    known_bad: KnownBad = field(default_factory=KnownBad)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,14 +126,21 @@ class ImageSource:
         side = self.preprocess.image_size
         return 3, side, side
 
-    def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> tuple[int, int]:
-        """Fill `memory`, uint8 [3, H, W], with a row's image; returns (height, width) of its content.
+    def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> LoadedImage:
+        """Fill `memory`, uint8 [3, H, W], with a row's image.
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
-        content = read_image_file(self.index.image_path(row))
-        pixels = decode_image(content, background=self.preprocess.background, max_pixels=self.max_pixels)
-        return self.preprocess.apply_into(pixels, memory, mirror=mirror)
+        path = self.index.image_path(row)
+        name = printable(path)
+        suspect = self.known_bad.knows(name)
+        content, facts = read_with_facts(path, partial(self.known_bad.reason, name) if suspect else None)
+        try:
+            decoded = decode(content, self.decoding, self.preprocess.content_size)
+        except DecodeError as error:
+            raise UndecodableFile(error, facts, content) from error
+        size = self.preprocess.apply_into(decoded.pixels, memory, mirror=mirror, full_size=decoded.full_size)
+        return LoadedImage(size, decoded.partial, suspect)
 
 
 @dataclass(frozen=True)
@@ -123,6 +152,7 @@ class BatchSource:
     sampler: RowSampler
     mirroring: Mirroring | None
     held_out: Flags
+    clock: Clock = SYSTEM_CLOCK
 
     @property
     def refills(self) -> bool:
@@ -139,10 +169,15 @@ class BatchMemory(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one attempt to use a row of the index: `refused` is None where its image was used."""
+    """What became of one attempt to use a row of the index: `refused` is None where its image was used.
+
+    Flags as in LoadedImage.
+    """
 
     row: int
-    refused: RefusedImage | None
+    refused: Refusal | None
+    partial: bool = False
+    mended: bool = False
 
 
 @dataclass(frozen=True)
@@ -226,16 +261,19 @@ class BatchJob:
 
     def _prepare(self, item: int) -> Outcome:
         row = int(self._rows[item])
+        images = self._source.images
+        mirror = bool(self._mirrored[item])
+
+        def load() -> LoadedImage:
+            return images.load_into(row, self._memory[item], mirror=mirror)
+
         try:
             try:
-                self._load(item)
+                loaded = load()
             except (OSError, MemoryError):
-                path = self._source.images.index.image_path(row)
-                retry_transient(lambda: self._load(item), path, self._stopping)
+                path = self._source.table.index.image_path(row)
+                loaded = retry_transient(load, path, self._stopping, clock=self._source.clock)
         except RefusedImage as error:
-            return Outcome(row, error)
-        return Outcome(row, None)
-
-    def _load(self, item: int) -> None:
-        row, mirror = int(self._rows[item]), bool(self._mirrored[item])
-        self._sizes[item] = self._source.images.load_into(row, self._memory[item], mirror=mirror)
+            return Outcome(row, Refusal.of(self._source.table.index.image_path(row), error))
+        self._sizes[item] = loaded.content_size
+        return Outcome(row, None, loaded.partial, loaded.mended)

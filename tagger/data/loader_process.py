@@ -192,11 +192,12 @@ class _LogToParent(logging.Handler):
 class _Worker:
     def __init__(self, setup: Setup, sender: Sender) -> None:
         ring = SharedBlock.attach(setup.ring_bytes, setup.ring_handle)
-        source: BatchSource = shared(SharedBlock.attach(setup.source_bytes, setup.source_handle), setup.source_sizes)
+        self._source: BatchSource = shared(
+            SharedBlock.attach(setup.source_bytes, setup.source_handle), setup.source_sizes
+        )
         self._cells = board_of(ring, setup.num_processes)[setup.number]
         self._cells[1:] = 0
-        # It stands in for the images in all that a batch asks of them.
-        self._source = replace(source, images=cast(ImageSource, _Watched(source.images, self._cells)))
+        self._images = self._source.images
         slots = ring.array[board_bytes(setup.num_processes) :].reshape(-1, setup.slot_bytes)
         self._slots = [_Slot(memory) for memory in slots]
         self._setup = setup
@@ -206,7 +207,10 @@ class _Worker:
 
     def obey(self, command: Begin | Grant | End) -> None:
         if isinstance(command, Begin):
-            self._pass = _Pass(self._source, self._slots, self._setup.num_threads, command.epoch, self._sender)
+            # They stand in for the source's images in all that a batch asks of those.
+            images = _Watched(replace(self._images, known_bad=command.known_bad), self._cells)
+            source = replace(self._source, images=cast(ImageSource, images))
+            self._pass = _Pass(source, self._slots, self._setup.num_threads, command.epoch, self._sender)
         elif isinstance(command, Grant):
             assert self._pass is not None
             self._pass.grant(command)

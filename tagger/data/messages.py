@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tagger.batch import Batch
 from tagger.data.batch_job import Outcome, PreparedBatch
+from tagger.data.quarantine_log import KnownBad
 from tagger.data.shared_block import SharedBlock
 
 _LENGTH = struct.Struct("<Q")
@@ -24,9 +25,10 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Begin:
-    """To the process: a pass over an epoch begins."""
+    """To the process: a pass over an epoch begins. What is known of broken files changes between passes."""
 
     epoch: int
+    known_bad: KnownBad
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,17 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """From the process: a batch is prepared, its images in the slot. `rows` int64 are the attempts' rows, in order."""
+    """From the process: a batch is prepared, its images in the slot.
+
+    `rows` int64 are the attempts' rows, in order; `notable` are those of their outcomes that say more than the row.
+    """
 
     number: int
     shape: tuple[int, ...]
     arrays: dict[str, NDArray[Any]]
     rest: PreparedBatch
     rows: NDArray[np.int64]
-    refused: dict[int, Outcome]
+    notable: dict[int, Outcome]
 
     @classmethod
     def of(cls, number: int, prepared: PreparedBatch) -> "Done":
@@ -72,12 +77,12 @@ class Done:
             arrays,
             replace(prepared, batch=None, outcomes=()),
             np.array([outcome.row for outcome in outcomes], dtype=np.int64),
-            {place: outcome for place, outcome in enumerate(outcomes) if outcome.refused is not None},
+            {place: outcome for place, outcome in enumerate(outcomes) if outcome != Outcome(outcome.row, None)},
         )
 
     def prepared(self, images: torch.Tensor | None) -> PreparedBatch:
         """The batch again, with its images; None where every one was refused."""
-        outcomes = tuple(self.refused.get(place) or Outcome(row, None) for place, row in enumerate(self.rows.tolist()))
+        outcomes = tuple(self.notable.get(place) or Outcome(row, None) for place, row in enumerate(self.rows.tolist()))
         if images is None:
             return replace(self.rest, outcomes=outcomes)
         tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}

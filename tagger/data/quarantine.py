@@ -1,10 +1,12 @@
 """Failures of input files: which are the file's own, which the storage's, and how many a run puts up with.
 
-Transient errors are waited out and never blamed on the file. A refused file is recorded with its reason and left out.
+Transient errors are waited out and never blamed on the file. A missing or unreadable file is left out and looked for
+again. Bytes that cannot be decoded come with their evidence (size, time, SHA-256), which `quarantine_log` remembers.
 Past the budget the run stops and names what went wrong: one corrupt image passes, a dying disk does not.
 """
 
 import errno
+import hashlib
 import logging
 import os
 import stat
@@ -14,12 +16,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from tagger.data.decode import RefusedImage
+from tagger.data.image_header import RefusedImage
 from tagger.data.scan import TRANSIENT_ERRORS, printable
 from tagger.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_FILE_BYTES = 1 << 30
 OUTAGE_S = 300.0
@@ -46,22 +51,75 @@ class DataFailureError(InputError):
     """More refused images than the budget allows."""
 
 
+class Clock:
+    """Monotonic time, and waiting: what a test replaces to let an outage pass at once."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+        return time.monotonic()
+
+    def wait(self, stop: threading.Event, seconds: float) -> bool:
+        """Wait until `stop` is set, at most `seconds`; whether it is."""
+        return stop.wait(seconds)
+
+
+SYSTEM_CLOCK = Clock()
+
+
 class UnreadableFile(RefusedImage):
     """A file that cannot be read for a reason of its own."""
 
 
 @dataclass(frozen=True)
+class FileFacts:
+    """What tells a file from another version of it without reading it."""
+
+    size: int
+    mtime_ns: int
+
+
+class UndecodableFile(RefusedImage):
+    """Bytes that were read whole and are no usable image, with the evidence against them."""
+
+    def __init__(self, refusal: RefusedImage, facts: FileFacts, content: bytes) -> None:
+        super().__init__(refusal.reason, refusal.detail)
+        self.facts = facts
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+
+@dataclass(frozen=True)
 class Refusal:
-    """A file that was left out, and why."""
+    """A file that was left out, and why; plain data, so that a worker of any kind can report it.
+
+    path: printable. facts and sha256 (hexadecimal) are those of bytes that failed to decode, else None.
+    """
 
     path: str
     reason: str
+    detail: str = ""
+    facts: FileFacts | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: Path, error: RefusedImage) -> "Refusal":
+        """What an attempt to use `path` ended with."""
+        evidence = (error.facts, error.sha256) if isinstance(error, UndecodableFile) else (None, None)
+        return cls(printable(path), error.reason, error.detail, *evidence)
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of a regular file.
+    """As `read_with_facts`, the bytes alone."""
+    return read_with_facts(path)[0]
 
-    Raises UnreadableFile for the file's own faults; an OSError of TRANSIENT_ERRORS passes through.
+
+def read_with_facts(path: Path, known_bad: Callable[[FileFacts], str | None] | None = None) -> tuple[bytes, FileFacts]:
+    """The bytes of a regular file, and the facts of the very file that they were read from.
+
+    `known_bad` gives a reason to leave the file unread. Raises UnreadableFile for the file's own faults; an OSError of
+    TRANSIENT_ERRORS passes through.
     """
     try:
         handle = os.open(path, _OPEN_FLAGS)
@@ -71,6 +129,10 @@ def read_image_file(path: Path) -> bytes:
                 raise UnreadableFile("not a regular file")
             if facts.st_size > MAX_FILE_BYTES:
                 raise UnreadableFile("file too large", f"{facts.st_size} bytes, the limit is {MAX_FILE_BYTES}")
+            found = FileFacts(facts.st_size, facts.st_mtime_ns)
+            reason = known_bad(found) if known_bad is not None else None
+            if reason is not None:
+                raise UnreadableFile(reason, "in quarantine")
             parts = [os.read(handle, facts.st_size + 1)]
             while parts[-1]:  # a short read is legal, and a growing file ends where it ends
                 parts.append(os.read(handle, 1 << 16))
@@ -80,17 +142,23 @@ def read_image_file(path: Path) -> bytes:
         if error.errno in TRANSIENT_ERRORS:
             raise
         raise UnreadableFile(_REASONS.get(error.errno or 0, "unreadable"), error.strerror or str(error)) from error
-    return parts[0] if len(parts) == 2 else b"".join(parts)
+    return (parts[0] if len(parts) == 2 else b"".join(parts)), found
 
 
 def retry_transient(
-    attempt: Callable[[], None], path: Path, stop: threading.Event, *, outage_s: float = OUTAGE_S
-) -> None:
-    """Run `attempt`, again after each transient error or lack of memory, waiting longer each time.
+    attempt: Callable[[], T],
+    path: Path,
+    stop: threading.Event,
+    *,
+    outage_s: float = OUTAGE_S,
+    clock: Clock | None = None,
+) -> T:
+    """What `attempt` returns; it is run again after each transient error or lack of memory, waiting longer each time.
 
     Raises StorageError when that goes on for `outage_s` seconds or when `stop` is set; what else it raises passes
     through. `path` names the file for people.
     """
+    clock = clock or SYSTEM_CLOCK
     started: float | None = None
     wait_s = _FIRST_WAIT_S
     while True:
@@ -99,12 +167,12 @@ def retry_transient(
         except (OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno not in TRANSIENT_ERRORS:
                 raise
-            now = time.monotonic()
+            now = clock.now()
             reason = (error.strerror if isinstance(error, OSError) else None) or "out of memory"
             if started is None:
                 started = now
                 logger.warning("%s: %s; trying again for up to %.0f s", printable(path), reason, outage_s)
-            if now - started > outage_s or stop.wait(wait_s):
+            if now - started > outage_s or clock.wait(stop, wait_s):
                 raise StorageError(
                     f"{printable(path)}: {reason}, still after {now - started:.0f} s; "
                     "check the disk, the network and the free memory, then start again"
@@ -152,15 +220,15 @@ class FailureBudget:
             self._num_tried += 1
             self._in_a_row = 0
 
-    def refuse(self, path: Path, error: RefusedImage) -> None:
+    def refuse(self, refusal: Refusal) -> None:
         """A file was left out. Raises DataFailureError past the budget."""
-        name = printable(path)
+        name = refusal.path
         with self._lock:
             self._num_tried += 1
             self._in_a_row += 1
             if name not in self._reasons:
-                self._speaker.say(name, str(error))
-            self._reasons[name] = error.reason
+                self._speaker.say(name, str(refusal))
+            self._reasons[name] = refusal.reason
             if self._failure is None:
                 self._failure = self._judge()
             if self._failure is not None:

@@ -24,6 +24,7 @@ from typing import Any
 from tagger.data.batch_job import BatchSource, PreparedBatch
 from tagger.data.loader_process import Setup, board_bytes, board_of
 from tagger.data.messages import Begin, Done, End, Ended, Failed, Grant, LogLine, Ready, Sender, received, share
+from tagger.data.quarantine_log import KnownBad
 from tagger.data.slots import SlotRing
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class _State:
         self.source_block, self.source_sizes = share(source)
         self.board = board_of(slots.block, num_processes)
         self.seats = [_Seat(number) for number in range(num_processes)]
-        self.epoch: int | None = None
+        self.current: Begin | None = None
         self.answers: dict[int, Done | Failed] = {}
         # Slots of the pass before, free when no process writes to one any more.
         self.abandoned: list[int] = []
@@ -141,8 +142,8 @@ class _State:
         seat.threads = [listening, reading]
         reading.start()
         listening.start()
-        if self.epoch is not None:
-            self.tell(seat, Begin(self.epoch))
+        if self.current is not None:
+            self.tell(seat, self.current)
             for grant in seat.owed:
                 self.tell(seat, grant)
 
@@ -204,7 +205,7 @@ class _State:
         rows = [int(cell) - 1 for cell in self.board[seat.number][1:] if cell]
         if not rows or not seat.owed:
             return ""
-        index = self.source.images.index
+        index = self.source.table.index
         return f", loading {', '.join(str(index.image_path(row)) for row in rows[:8])}"
 
     def replace_hung(self) -> None:
@@ -257,24 +258,27 @@ class LoaderRing:
     @property
     def busy(self) -> bool:
         """Whether a pass is open; there is one at a time."""
-        return self._state.epoch is not None
+        return self._state.current is not None
 
     @property
     def process_ids(self) -> tuple[int, ...]:
         """The system's ids of the processes that run."""
         return tuple(seat.child.process.pid for seat in self._state.seats if seat.child is not None)
 
-    def begin(self, epoch: int, spans: Iterator[Span]) -> "RingPass":
-        """A pass over the batches of an epoch given by their samples (start, stop)."""
+    def begin(self, epoch: int, spans: Iterator[Span], known_bad: KnownBad) -> "RingPass":
+        """A pass over the batches of an epoch given by their samples (start, stop).
+
+        `known_bad` takes the place of what the source knew of broken files when the ring was made.
+        """
         assert not self.busy, "a pass is open"
         state = self._state
         with state.lock:
             state.finish_ending()
             if state.failure is not None:
                 raise state.failure
-            state.epoch = epoch
+            state.current = Begin(epoch, known_bad)
             for seat in state.seats:
-                state.tell(seat, Begin(epoch))
+                state.tell(seat, state.current)
         return RingPass(self._state, spans, self._max_in_flight)
 
     def close(self) -> None:
@@ -371,7 +375,7 @@ class RingPass:
             if not self._open:
                 return
             self._open = False
-            state.epoch = None
+            state.current = None
             state.abandoned += self._slot_of.values()
             self._slot_of.clear()
             for seat in state.seats:

@@ -7,7 +7,7 @@ symbolic links are not entered (links can form loops), hidden entries are skippe
 import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
@@ -143,8 +143,8 @@ def _scan_folder(
             scan.num_files += 1
             _, dot, suffix = name.rpartition(".")
             suffix = suffix.lower() if dot else ""
-            if not entry.is_file():
-                problems.skipped["links to folders" if entry.is_dir() else "not regular files"] += 1
+            if not _ask(entry.is_file):
+                problems.skipped["links to folders" if _ask(entry.is_dir) else "not regular files"] += 1
             elif suffix in suffixes:
                 images.append(name)
             elif suffix == "json" and with_sidecars:
@@ -162,6 +162,16 @@ def _scan_folder(
         scan.other_suffixes[".json"] += len(sidecars)
         _pair(path, prefix, images, sidecars, scan, problems)
     return folders
+
+
+def _ask(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind, links followed; a link to itself leads to nothing."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRORS:
+            raise
+        return False
 
 
 def _pair(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from dataset_loader import (
 )
 from tagger.data import batch_job
 from tagger.data.decode import decode_image
-from tagger.data.quarantine import DataFailureError, FailureBudget, read_image_file
+from tagger.data.quarantine import DataFailureError, FailureBudget, FileFacts, read_with_facts
 from tagger.data.split import SplitError
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, epoch_of, loaders, path_of, rows_of, write_dataset
@@ -301,7 +302,7 @@ def test_transient_errors_are_waited_out_and_blamed_on_nobody(root: Path, monkey
     expected = epoch_of(train)
     lock, failures, calls = threading.Lock(), 0, 0
 
-    def flaky(path: Path) -> bytes:
+    def flaky(path: Path, *args: Any) -> tuple[bytes, FileFacts]:
         nonlocal failures, calls
         with lock:
             calls += 1
@@ -309,9 +310,9 @@ def test_transient_errors_are_waited_out_and_blamed_on_nobody(root: Path, monkey
             failures += fail
         if fail:
             raise OSError((errno.EIO, errno.ESTALE, errno.EMFILE)[failures % 3], "injected")
-        return read_image_file(path)
+        return read_with_facts(path, *args)
 
-    monkeypatch.setattr(batch_job, "read_image_file", flaky)
+    monkeypatch.setattr(batch_job, "read_with_facts", flaky)
     assert_same(epoch_of(train), expected)
     assert failures > 5
     assert train.refused == 0

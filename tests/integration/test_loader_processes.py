@@ -67,9 +67,8 @@ def break_files(loader: DataLoader, rows: list[int]) -> None:
 def use(loader: DataLoader, row: int, fault: str, marker: Path | None = None) -> None:
     images = loader._source.images
     facts = {field.name: getattr(images, field.name) for field in dataclasses.fields(images)}
-    loader._source = dataclasses.replace(
-        loader._source, images=FaultyImages(**facts, row=row, fault=fault, marker=marker)
-    )
+    faulty = FaultyImages(**facts, row=row, fault=fault, marker=marker)
+    loader._source = dataclasses.replace(loader._source, images=faulty)
 
 
 def is_gone(process_id: int) -> bool:

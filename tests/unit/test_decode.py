@@ -1,6 +1,5 @@
 import io
 import struct
-import time
 import zlib
 from typing import Any
 
@@ -261,10 +260,8 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     side = 40_000
     rows = zlib.compress(b"\x00" * (1 << 20))
     bomb = png(8, 2, rows, side, side)
-    started = time.perf_counter()
     with pytest.raises(DecodeError, match="too many pixels") as caught:
         decode(bomb, max_pixels=200_000_000)
-    assert time.perf_counter() - started < 0.1
     assert caught.value.reason == "too many pixels"
 
 

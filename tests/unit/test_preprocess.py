@@ -97,7 +97,7 @@ def test_json_round_trip_gives_an_equal_object(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 3}, "format_version 3"),
         ({"format_version": None}, "format_version None"),
         ({"image_size": "448"}, "image_size"),
         ({"image_size": 0}, "image_size=0"),
@@ -106,6 +106,8 @@ def test_json_round_trip_gives_an_equal_object(tmp_path: Path) -> None:
         ({"background": [0, 0, 256]}, "background"),
         ({"interpolation": "lanczos"}, "lanczos"),
         ({"fit": "stretch"}, "stretch"),
+        ({"decode_scaling": "loose"}, "decode_scaling='loose'"),
+        ({"decode_scaling": None}, "decode_scaling=None"),
     ],
 )
 def test_a_specification_that_cannot_be_followed_is_refused(change: dict[str, object], message: str) -> None:

@@ -11,6 +11,7 @@ from tagger.data.decode import DecodeError
 from tagger.data.quarantine import (
     DataFailureError,
     FailureBudget,
+    Refusal,
     StorageError,
     UnreadableFile,
     read_image_file,
@@ -100,7 +101,7 @@ def test_other_errors_are_not_retried() -> None:
 
 
 def refuse(budget: FailureBudget, number: int, reason: str = "truncated") -> None:
-    budget.refuse(Path(f"{number}.png"), DecodeError(reason))
+    budget.refuse(Refusal.of(Path(f"{number}.png"), DecodeError(reason)))
 
 
 def test_a_refused_file_is_recorded_once() -> None:
