@@ -39,10 +39,10 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "unified_config.ya
 SIDE = 448
 BATCH = 32
 RATE = 1000.0
-NUM_THREADS = 16  # of the loader that is beside the main loop
-PREFETCH = 8
-SMALL_BATCH = 16
-STEP_S = 0.75 * SMALL_BATCH / RATE
+NUM_THREADS = 8  # of the loader that is beside the main loop
+PREFETCH = 4
+LOOP_BATCH = 64
+STEP_S = 0.75 * LOOP_BATCH / RATE
 HAS_CACHE = "data.cache_dir" in flat_values(FullConfig())
 
 
@@ -227,13 +227,13 @@ class EagerModel:
 
     def calibrate(self, step_s: float) -> None:
         """Choose the number of operations so that a step takes `step_s` on an idle machine."""
-        self._num_layers = 200
+        self._num_layers = 500
         self.step()
         durations = []
         for _ in range(9):
-            started = time.perf_counter()
+            started = time.thread_time()
             self.step()
-            durations.append(time.perf_counter() - started)
+            durations.append(time.thread_time() - started)
         self._num_layers = max(1, round(self._num_layers * step_s / statistics.median(durations)))
 
     def step(self) -> torch.Tensor:
@@ -246,7 +246,7 @@ class EagerModel:
 def waiting_loader(scratch: Path, num_processes: int) -> DataLoader:
     """A loader whose images take no work and come at a little over RATE, so that RATE is what the loop takes."""
     words = [f"data.num_threads={NUM_THREADS}", f"data.num_processes={num_processes}", "data.image_size=224"]
-    words += [f"data.prefetch_batches={PREFETCH}", f"training.batch_size={SMALL_BATCH}"]
+    words += [f"data.prefetch_batches={PREFETCH}", f"training.batch_size={LOOP_BATCH}"]
     loader = open_loader(scratch, *words)
     images = loader._source.images
     facts = {field.name: getattr(images, field.name) for field in dataclasses.fields(images)}
@@ -278,13 +278,13 @@ def measure_main_loop(scratch: Path, num_rounds: int, num_steps: int) -> tuple[d
     ratios: dict[str, list[float]] = {name: [] for name in loaders}
     rates = []
     for _ in range(num_rounds):
-        time.sleep(PREFETCH * SMALL_BATCH / RATE)  # the loaders rest when all is prepared
+        time.sleep(PREFETCH * LOOP_BATCH / RATE)  # the loaders rest when all is prepared
         bare = mean_step(model, itertools.repeat(held), None, num_steps)
         for name, loader in loaders.items():
             started = time.perf_counter()
             ratios[name].append(mean_step(model, feeds[name], loader, num_steps) / bare)
-            rates.append((num_steps + PREFETCH) * SMALL_BATCH / (time.perf_counter() - started))
-            time.sleep(PREFETCH * SMALL_BATCH / RATE)
+            rates.append((num_steps + PREFETCH) * LOOP_BATCH / (time.perf_counter() - started))
+            time.sleep(PREFETCH * LOOP_BATCH / RATE)
     feeds.clear()
     for loader in loaders.values():
         loader.close()
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             title = f"share of time waiting at 1.5x capacity, {name}"
             figures.append(figure(title, shares, 0.02, lower_is_better=True))
         console.print("the main loop beside a loader")
-        ratios, rate = measure_main_loop(scratch / "many", num_rounds, num_steps=20 if options.quick else 60)
+        ratios, rate = measure_main_loop(scratch / "many", num_rounds, num_steps=10 if options.quick else 15)
         for name, rounds in ratios.items():
             title = f"main loop's step beside {name} at {rate:.0f} images/s / without"
             figures.append(figure(title, rounds, 1.1, lower_is_better=True))

@@ -8,7 +8,7 @@ AssertionError, to touch a row that is held out.
 import threading
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -167,8 +167,7 @@ class BatchMemory(Protocol):
         """A uint8 tensor of a shape, contents undefined, and the same memory as an array to fill it through."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one attempt to use a row of the index: `refused` is None where its image was used.
 
     Flags as in LoadedImage.
