@@ -107,6 +107,8 @@ def test_processes_give_the_same_bytes_as_threads_through_all_that_a_run_does(op
     copies = [batch.images.clone() for batch, _ in kept]
     assert_same(kept, epoch_of(threads, 1))
     assert loader.refusals == threads.refusals and loader.refused == 8
+    assert_same(epoch_of(loader, 1), epoch_of(threads, 1))
+    assert loader._quarantine.known_bad() == threads._quarantine.known_bad() and loader._quarantine.num_files
     epoch_of(loader, 3)
     assert all(torch.equal(batch.images, copy) for (batch, _), copy in zip(kept, copies, strict=True))
     assert loader._ring.process_ids == process_ids
@@ -192,6 +194,7 @@ def test_a_hung_process_is_noticed_with_its_stack_and_replaced(
     assert "hung: no image begun for 2 s" in caplog.text
     assert "faulty_images.py" in caplog.text and "in _act" in caplog.text
     caplog.clear()
+    wait_until(lambda: not loader._ring._state.seats[0].ending)
     stopped = loader._ring.process_ids[0]
     os.kill(stopped, signal.SIGSTOP)
     assert_same(epoch_of(loader), expected)
