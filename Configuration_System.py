@@ -16,6 +16,7 @@ from tagger.config_io import (
     ConfigError,
     Loaded,
     compose,
+    describe,
     environment_layer,
     flat_values,
     fraction,
@@ -58,9 +59,16 @@ class DataSection:
     annotations: str | None = None
     extra_fields: list[str] = field(default_factory=list)
     index_dir: str = ".tagsmith/index"
+    cache_dir: str | None = None
     val_list: str | None = None
     val_fraction: float = 0.05
+    calib_fraction: float = 0.0
+    test_fraction: float = 0.0
+    group_near_duplicates: bool = False
+    near_duplicate_bits: int = 3
+    stratified_split: bool = False
     image_size: int = 224
+    fit: Literal["letterbox", "buckets"] = "letterbox"
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     max_megapixels: float = 200.0
     decode_scaling: Literal["safe", "tight", "off"] = "safe"
@@ -68,6 +76,9 @@ class DataSection:
     num_processes: int | None = None
     num_threads: int | None = None
     prefetch_batches: int = 4
+    sampling: Literal["uniform", "weighted", "class_aware"] = "uniform"
+    sampling_power: float = 0.5
+    sampling_cap: float = 10.0
 
     def __post_init__(self) -> None:
         positive(
@@ -78,7 +89,19 @@ class DataSection:
             prefetch_batches=self.prefetch_batches,
         )
         not_negative("data", num_processes=self.num_processes)
+        not_negative("data", sampling_power=self.sampling_power, sampling_cap=self.sampling_cap)
+        require(
+            self.sampling_cap >= 1,
+            f"data.sampling_cap={self.sampling_cap} is below 1",
+            "use the most times that one image may come as often as another, e.g. 10",
+        )
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
+        fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
+        require(
+            0 <= self.near_duplicate_bits <= 8,
+            f"data.near_duplicate_bits={self.near_duplicate_bits} is not 0 to 8",
+            "3 finds copies that were resized, recompressed or brightened",
+        )
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
             f"data.background={self.background} is not three numbers 0..255",
@@ -161,6 +184,11 @@ class ModelSection:
     dropout: float = 0.0
     head_bias: Literal["log_prior", "zero"] = "log_prior"
     mask_padding: bool = False
+
+    @property
+    def resolved_patch_size(self) -> int:
+        """Pixels a token covers, each way."""
+        return self.patch_size or PRESET_PATCH_SIZE
 
     def __post_init__(self) -> None:
         positive(
@@ -298,6 +326,8 @@ class CheckpointSection:
     keep_last: int = 3
     best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"
     resume: str = "none"
+    init_from: str | None = None
+    on_schedule_change: Literal["error", "rescale", "keep"] = "rescale"
 
     def __post_init__(self) -> None:
         positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
@@ -339,7 +369,7 @@ class FullConfig:
     monitor: MonitorSection = field(default_factory=MonitorSection)
 
     def __post_init__(self) -> None:
-        patch = self.model.patch_size or PRESET_PATCH_SIZE
+        patch = self.model.resolved_patch_size
         size = self.data.image_size
         below = size // patch * patch
         nearest = f"{below} or {below + patch}" if below else f"{patch}"
@@ -347,6 +377,12 @@ class FullConfig:
             size % patch == 0,
             f"data.image_size={size} is not a multiple of model.patch_size={patch}",
             f"use {nearest}",
+        )
+        require(
+            self.data.fit == "letterbox" or size >= 3 * patch,
+            f"data.fit=buckets needs at least 3 patches a side; data.image_size={size} has {size // patch} of "
+            f"model.patch_size={patch}",
+            f"use data.image_size={3 * patch} or more, or data.fit=letterbox",
         )
         require(
             self.loss.rating_weight is None or self.vocabulary.ratings == "tags",
@@ -400,6 +436,12 @@ def check_paths(config: FullConfig) -> None:
             f"data.roots: {root} is not a folder (looked in {Path.cwd()})",
             "give the folder that holds the images and their sidecars",
         )
+    cache = config.data.cache_dir
+    require(
+        cache is None or Path(cache).is_dir(),
+        f"data.cache_dir: {cache} is not a folder (looked in {Path.cwd()})",
+        "make it with `python -m scripts.build_cache`, or set it to null",
+    )
     files = {
         "data.annotations": config.data.annotations,
         "data.val_list": config.data.val_list,
@@ -425,23 +467,6 @@ def changed_settings(saved: Path, config: FullConfig) -> list[str]:
     before, now = flat_values(load_config(saved, environment={})), flat_values(config)
     keys = [key for key in {**before, **now} if key != "checkpoint.resume"]
     return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
-
-
-def describe(loaded: Loaded[FullConfig]) -> str:
-    """Every setting, its value and its source, one a line."""
-    lines = ["# precedence: defaults < file < environment (TAGGER_SECTION__KEY) < command line"]
-    values = flat_values(loaded.tree)
-    width = max(len(f"{key}: {value}") for key, value in values.items() if len(f"{key}: {value}") <= 60)
-    lines += [f"{f'{key}: {_yaml_scalar(value)}':<{width}}  # {loaded.origin[key]}" for key, value in values.items()]
-    return "\n".join(lines)
-
-
-def _yaml_scalar(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,8 +60,8 @@ class TaggedImages(Protocol):
     """Images with what a model made of them and what is true."""
 
     @property
-    def images(self) -> torch.Tensor:
-        """uint8 [N, 3, H, W]."""
+    def images(self) -> Sequence[torch.Tensor]:
+        """uint8 [3, H, W] each; sizes may differ."""
 
     @property
     def logits(self) -> torch.Tensor:
@@ -138,10 +138,10 @@ class TrainingMonitor:
     ) -> None:
         """Show up to `monitor.sample_images` images on one picture, with their tags of probability >= `threshold`."""
         sinks = [sink for sink in self._sinks if isinstance(sink, PictureSink)]
-        number = min(self._section.sample_images, samples.images.shape[0])
+        number = min(self._section.sample_images, len(samples.images))
         if not sinks or number == 0:
             return
-        pixels = samples.images[:number].permute(0, 2, 3, 1).cpu().numpy()
+        pixels = [image.permute(1, 2, 0).cpu().numpy() for image in samples.images[:number]]
         scores = samples.logits[:number].float().sigmoid().cpu().numpy()
         cards = [
             make_card(pixels[i], "", tag_names, scores[i], threshold=threshold, truth=samples.tags[i])

@@ -9,9 +9,9 @@ and counted; it never becomes zeros or the image beside it.
 import logging
 import math
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +22,25 @@ from Configuration_System import DataSection, FullConfig, OrientationSection
 from orientation_handler import MirrorCoin, OrientationHandler
 from tagger.batch import Batch
 from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
+from tagger.data.batch_plan import Grouping, Spans, create_plan
 from tagger.data.decode import DecodeOptions, describe_decoder
+from tagger.data.image_reader import ImageReader
+from tagger.data.image_sizes import index_sizes
 from tagger.data.index import MetadataIndex, open_index
+from tagger.data.ledger import ImageLedger
+from tagger.data.position import Position, check_position
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads, num_cores
 from tagger.data.quarantine import FailureBudget, Refusal
-from tagger.data.quarantine_log import Quarantine
+from tagger.data.quarantine_log import KnownBad, Quarantine
 from tagger.data.ring import LoaderRing, RingPass, default_num_processes
 from tagger.data.sampler import RowSampler, hash_rows
-from tagger.data.scan import printable
-from tagger.data.split import split_rows
-from tagger.errors import InputError
+from tagger.data.shrink_cache import ShrinkCache
+from tagger.data.split import Part, Split, SplitRule, split_index
+from tagger.data.weighting import create_sampler
 from tagger.preprocess import Preprocess
 from vocabulary import DEFAULT_INDEX_DIR, RATING_TAGS, TagVocabulary
 
 logger = logging.getLogger(__name__)
-
-Position = dict[str, int]
-
-
-class PositionError(InputError):
-    """A position that this loader cannot resume from; the message names what differs."""
 
 
 class _IndexedImages:
@@ -56,6 +55,15 @@ class _IndexedImages:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.uint32]:
+        """uint32 [N, 2]: (width, height) of each row's image as it is seen, 0 where unknown."""
+        sizes = index_sizes(self.index)
+        if num_unknown := int((sizes == 0).any(axis=1).sum()):
+            message = "the size of %d of %d images is not known; they are batched with the square ones"
+            logger.warning(message, num_unknown, len(sizes))
+        return sizes
 
 
 def _absent_as_minus_1(numbers: list[int | None]) -> NDArray[np.int64]:
@@ -107,7 +115,7 @@ class LoadOptions:
     max_pixels: cap of width x height, checked before decoding. partial_images: truncated files give what there is of
     them. num_threads: decoding threads in all (None: by the machine). prefetch_batches: batches prepared ahead; each
     takes 3 * image_size ** 2 bytes an image. num_processes: loader processes that the threads are spread over (0: this
-    one). pin_memory: page-lock their memory for CUDA.
+    one). pin_memory: page-lock their memory for CUDA. cache: small copies to read instead of the files.
     """
 
     preprocess: Preprocess
@@ -117,6 +125,7 @@ class LoadOptions:
     prefetch_batches: int = 4
     num_processes: int = 0
     pin_memory: bool = False
+    cache: ShrinkCache | None = None
 
     @property
     def decoding(self) -> DecodeOptions:
@@ -125,12 +134,20 @@ class LoadOptions:
         return DecodeOptions(preprocess.background, self.max_pixels, preprocess.decode_scaling, self.partial_images)
 
     @classmethod
-    def from_config(cls, section: DataSection, *, on_cuda: bool = False) -> "LoadOptions":
+    def from_config(cls, section: DataSection, patch_size: int, *, on_cuda: bool = False) -> "LoadOptions":
         """The configured options; training, validation and the saved model share their `preprocess`.
 
         `on_cuda` says where the batches go: it decides the number of processes that the configuration leaves open.
+        Raises CacheError when `data.cache_dir` names a cache that is not there or cannot serve these images.
         """
         red, green, blue = section.background
+        preprocess = Preprocess.create(
+            section.image_size, section.fit, patch_size, (red, green, blue), decode_scaling=section.decode_scaling
+        )
+        cache = None
+        if section.cache_dir is not None:
+            cache = ShrinkCache.open(section.cache_dir)
+            cache.require(preprocess.longest_side, preprocess.background)
         num_processes, reason = section.num_processes, "as configured"
         if num_processes is None:
             num_processes, reason = default_num_processes(num_cores(), on_cuda=on_cuda)
@@ -138,39 +155,44 @@ class LoadOptions:
         place = f"{num_processes} loader processes" if num_processes else "threads of this process"
         logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
         return cls(
-            Preprocess(
-                image_size=section.image_size, background=(red, green, blue), decode_scaling=section.decode_scaling
-            ),
+            preprocess,
             int(section.max_megapixels * 1_000_000),
             section.partial_images,
             num_threads,
             section.prefetch_batches,
             num_processes,
             on_cuda,
+            cache,
         )
 
 
 class ImagePreFetcher:
-    """Iterator over the batches of an epoch that begin at the samples `starts`, decoded and prepared in the background.
+    """Iterator over the batches of an epoch in `spans`, decoded and prepared in the background.
 
     In the processes of `ring` where there is one with no pass open, else in threads of this process.
     """
 
     def __init__(
-        self, source: BatchSource, options: LoadOptions, epoch: int, starts: range, ring: LoaderRing | None = None
+        self,
+        source: BatchSource,
+        options: LoadOptions,
+        epoch: int,
+        spans: Spans,
+        known_bad: KnownBad,
+        ring: LoaderRing | None = None,
     ) -> None:
-        num_rows = len(source.sampler)
-        stops = (min(start + starts.step, num_rows) for start in starts)
-        spans = zip(starts, stops, strict=True)
+        """`known_bad`: files that are refused without reading them."""
         self._inner: OrderedPrefetcher[PreparedBatch] | RingPass
         if ring is not None and not ring.busy:
-            self._inner = ring.begin(epoch, spans, source.images.known_bad)
+            self._inner = ring.begin(epoch, ((span.start, span.stop) for span in spans), known_bad)
             return
+        source = replace(source, images=replace(source.images, known_bad=known_bad))
+        largest = min(source.plan.batch_size, len(source.sampler))
         # Those in flight, and two in the hands of the consumer.
-        pool = BufferPool(min(starts.step, num_rows) * math.prod(source.images.shape), options.prefetch_batches + 2)
+        pool = BufferPool(largest * math.prod(source.images.shape), options.prefetch_batches + 2)
         stopping = threading.Event()
         self._inner = OrderedPrefetcher(
-            (BatchJob(source, pool, stopping, epoch, *span) for span in spans),
+            (BatchJob(source, pool, stopping, epoch, span.start, span.stop) for span in spans),
             num_threads=options.num_threads or default_num_threads(),
             max_in_flight=options.prefetch_batches,
             stopping=stopping,
@@ -200,10 +222,12 @@ class DataLoader:
     its last incomplete batch; where there are fewer rows than `batch_size`, it is one batch of all of them.
     Validation (`seed` None): every row once, in the order of the index, the last batch smaller, refused images left
     out.
+    With aspect buckets every batch has one shape; validation is in the order of the buckets, then of the index.
 
     Iterating yields (batch, position) for the current epoch, from where `seek` went or from its start; iterating again
     gives the same epoch again. It raises DataFailureError past the failure budget, StorageError after an outage.
-    `position` resumes after its batch. It counts samples, not batches, so a resume may change the batch size.
+    `position` resumes after its batch. It counts samples, of all ranks together, not batches, so a resume may change
+    the batch size and the number of ranks; `BucketPlan` says what that means with aspect buckets.
     `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out.
 
     Loader processes start with the first iteration and stay until `close`, or until the loader is collected. A second
@@ -222,30 +246,36 @@ class DataLoader:
         mirroring: Mirroring | None = None,
         budget: FailureBudget | None = None,
         quarantine: Quarantine | None = None,
+        sampler: RowSampler | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served.
 
         quarantine: the memory of broken files, shared by the loaders of a run; None: one that ends with this loader.
+        sampler: another order of `rows` and `seed` than each row once. rank, world_size: serve one of the equal shares
+        of each step; `batch_size` is that of one rank.
         """
         if not len(rows) or batch_size < 1:
             raise ValueError(f"{len(rows)} rows in batches of {batch_size}: each must be at least 1")
         never = np.zeros(len(dataset), dtype=np.bool_) if held_out is None else held_out
         if never[rows].any():
             raise ValueError(f"{int(never[rows].sum())} of the {len(rows)} rows to serve are held out")
-        self._budget = budget or FailureBudget(len(rows))
         self.dataset = dataset
         self.options = options
-        if quarantine is None:
-            quarantine = Quarantine(None, describe_decoder(options.decoding))
-        self._quarantine = quarantine
-        self._partial: dict[str, None] = {}
-        images = ImageSource(dataset.index, options.preprocess, options.decoding)
-        self._source = BatchSource(dataset.table, images, RowSampler(rows, seed), mirroring, never)
-        self._batch_size = batch_size
+        quarantine = quarantine or Quarantine(None, describe_decoder(options.decoding))
+        self.ledger = ImageLedger(dataset.index, budget or FailureBudget(len(rows)), quarantine)
+        images = ImageSource(ImageReader(dataset.index, options.cache), options.preprocess, options.decoding)
+        sampler = sampler or RowSampler(rows, seed)
+        assert sampler.seed == seed and len(sampler) == len(rows)
+        sizes = dataset.sizes if options.preprocess.shapes else None
+        plan = create_plan(sampler, options.preprocess, batch_size, sizes, rank=rank, world_size=world_size)
+        self._source = BatchSource(dataset.table, images, plan, mirroring, never)
         self._identity = {
             "seed": -1 if seed is None else seed,
             "rows": len(rows),
             "rows_hash": hash_rows(dataset.index.image_ids, rows),
+            "sampling": sampler.scheme,
         }
         self._ring: LoaderRing | None = None
         self._epoch = 0
@@ -267,26 +297,21 @@ class DataLoader:
     @property
     def refused(self) -> int:
         """Files left out so far, each counted once."""
-        return len(self._budget.refusals)
+        return len(self.ledger.refusals)
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Files left out so far, and why."""
-        return self._budget.refusals
-
-    @property
-    def partial(self) -> tuple[str, ...]:
-        """Truncated files used in part so far; empty unless partial images are allowed."""
-        return tuple(self._partial)
+        return self.ledger.refusals
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return len(self._starts(0))
+        return len(self._source.plan.spans(0))
 
     @property
     def batches_remaining(self) -> int:
         """Batches that iterating gives now; in validation one of refused images alone is not given."""
-        return len(self._starts(self._start))
+        return len(self._source.plan.spans(self._start))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch. In the current one it changes nothing, so a `seek` before it stands."""
@@ -296,50 +321,38 @@ class DataLoader:
     def seek(self, position: Mapping[str, int]) -> None:
         """Go to where a position was given out; iterate next, or take `batches_remaining` 0 as the epoch's end.
 
-        Raises PositionError when the position belongs to another seed or other rows.
+        With aspect buckets at another batch size it goes back to a boundary (see `BucketPlan`) and logs how many images
+        come again. Raises PositionError when the position belongs to another seed, other rows or other sampling.
         """
-        wanted = self._position(0).keys()
-        if position.keys() != wanted or not all(type(value) is int for value in position.values()):
-            raise PositionError(f"{dict(position)} is not a position of this loader; expected {', '.join(wanted)}")
-        names = {"seed": "training.seed", "rows": "number of images", "rows_hash": "images or split (hash)"}
-        found = [
-            f"{names[key]} {position[key]} there, {value} here"
-            for key, value in self._identity.items()
-            if position[key] != value
-        ]
-        if found:
-            raise PositionError(
-                f"the position to resume from belongs to another order of images: {'; '.join(found)}; "
-                "bring back the data set and the seed, or start a new run"
-            )
-        if position["epoch"] < 0 or not 0 <= position["samples"] <= self.num_rows:
-            raise PositionError(
-                f"position epoch={position['epoch']}, samples={position['samples']} is outside 0..{self.num_rows}"
-            )
-        self._epoch, self._start = position["epoch"], position["samples"]
+        grouped = check_position(position, self._identity)
+        samples, whole = position["samples"], position.get("whole", 0)
+        start = self._source.plan.resume_at(samples, Grouping(position["grouping"], whole) if grouped else None)
+        if start < samples:
+            message = "the order of this epoch has changed with the batches: %d images of it come a second time"
+            logger.warning(message, samples - start)
+        self._epoch, self._start = position["epoch"], start
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
-        epoch, starts = self._epoch, self._starts(self._start)
+        epoch, spans = self._epoch, self._source.plan.spans(self._start)
         self._start = 0
-        return self._batches(epoch, starts)
+        return self._batches(epoch, spans)
 
-    def _batches(self, epoch: int, starts: range) -> Iterator[tuple[Batch, Position]]:
-        if not starts:
+    def _batches(self, epoch: int, spans: Spans) -> Iterator[tuple[Batch, Position]]:
+        if not spans:
             return
-        images = replace(self._source.images, known_bad=self._quarantine.known_bad())
-        source = replace(self._source, images=images)
-        prefetcher = ImagePreFetcher(source, self.options, epoch, starts, self._open_ring())
+        known_bad = self.ledger.known_bad()
+        prefetcher = ImagePreFetcher(self._source, self.options, epoch, spans, known_bad, self._open_ring())
         try:
-            for start in starts:
+            for span in spans:
                 waited = prefetcher.wait_seconds
                 prepared = next(prefetcher)
                 self.wait_seconds += prefetcher.wait_seconds - waited
-                self._judge(prepared)
+                self.ledger.judge(prepared.outcomes)
                 self.vetoed += prepared.num_vetoed
                 if prepared.batch is not None:
                     self.mirrored += int(prepared.batch.mirrored.sum())
-                    yield prepared.batch, self._position(min(start + starts.step, self.num_rows), epoch)
-            self._report()
+                    yield prepared.batch, self._position(span.done, epoch)
+            self.ledger.report()
         finally:
             prefetcher.close()
 
@@ -357,44 +370,17 @@ class DataLoader:
                 num_processes=options.num_processes,
                 num_threads=options.num_threads or default_num_threads(options.num_processes),
                 max_in_flight=options.prefetch_batches,
-                batch_bytes=min(self._batch_size, self.num_rows) * math.prod(self._source.images.shape),
+                batch_bytes=min(self._source.plan.batch_size, self.num_rows) * math.prod(self._source.images.shape),
                 pin=options.pin_memory,
             )
         return self._ring
 
-    def _report(self) -> None:
-        """One line at the end of an epoch about what is not as it should be, if anything is."""
-        counts = Counter(refusal.reason for refusal in self.refusals)
-        counts.update({"partial": len(self._partial)})
-        if counts.total():
-            listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common() if count)
-            known = self._quarantine.num_files
-            logger.info("images left out or used in part so far: %s; in quarantine: %d", listed, known)
-
-    def _judge(self, prepared: PreparedBatch) -> None:
-        """Count what was used and what was refused; raises DataFailureError past the failure budget."""
-        for outcome in prepared.outcomes:
-            if outcome.refused is not None:
-                self._quarantine.record(outcome.refused)
-                self._budget.refuse(outcome.refused)
-                continue
-            self._budget.accept()
-            if outcome.partial or outcome.mended:
-                name = printable(self.dataset.index.image_path(outcome.row))
-                if outcome.partial:
-                    self._partial[name] = None
-                if outcome.mended:
-                    self._quarantine.clear(name)
-
-    def _position(self, samples: int, epoch: int = 0) -> Position:
-        return {"epoch": epoch, "samples": samples, **self._identity}
-
-    def _starts(self, start: int) -> range:
-        """The samples at which the batches from a sample on begin."""
-        size, rows = self._batch_size, self.num_rows
-        if self._source.sampler.seed is None or (start == 0 and rows < size):
-            return range(start, rows, size)
-        return range(start, start + (rows - start) // size * size, size)
+    def _position(self, samples: int, epoch: int) -> Position:
+        # What is as in a plain loader is left out, and `seek` reads it so.
+        identity = {key: value for key, value in self._identity.items() if key != "sampling" or value}
+        grouping = self._source.plan.grouping(samples)
+        extra = {"grouping": grouping.hash, "whole": grouping.whole} if grouping is not None else {}
+        return {"epoch": epoch, "samples": samples, **identity, **extra}
 
 
 def open_dataset(section: DataSection) -> MetadataIndex:
@@ -408,6 +394,20 @@ def open_dataset(section: DataSection) -> MetadataIndex:
     for line in index.report():
         logger.info("%s", line)
     return index
+
+
+def split_dataset(section: DataSection, index: MetadataIndex) -> Split:
+    """Which images of the configured data set are for training and which are held out, and for what."""
+    rule = SplitRule(
+        section.val_fraction,
+        section.calib_fraction,
+        section.test_fraction,
+        val_list=Path(section.val_list) if section.val_list is not None else None,
+        near_duplicate_bits=section.near_duplicate_bits if section.group_near_duplicates else None,
+        stratified=section.stratified_split,
+    )
+    max_pixels = int(section.max_megapixels * 1_000_000)
+    return split_index(index, rule, max_pixels=max_pixels, num_threads=section.num_threads)
 
 
 def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed: int) -> Mirroring | None:
@@ -443,28 +443,37 @@ def create_dataloaders(
         if data.annotations is None
         else DatasetLoader(data.annotations, data.roots[0], vocabulary, index=index)
     )
-    val_list = Path(data.val_list) if data.val_list is not None else None
-    split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=data.val_fraction)
+    split = split_dataset(data, index)
     on_cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
-    options = LoadOptions.from_config(data, on_cuda=on_cuda)
+    options = LoadOptions.from_config(data, config.model.resolved_patch_size, on_cuda=on_cuda)
+    if options.cache is not None:
+        logger.info("%s", ImageReader(index, options.cache).describe_cache())
     quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding))
     train = DataLoader(
         dataset,
         split.training_rows,
         config.training.batch_size,
         options,
-        held_out=split.validation,
+        held_out=split.others(Part.TRAIN),
         seed=config.training.seed,
         mirroring=create_mirroring(config.orientation, dataset, config.training.seed),
         quarantine=quarantine,
+        sampler=create_sampler(
+            data.sampling,
+            dataset.table,
+            split.training_rows,
+            config.training.seed,
+            power=data.sampling_power,
+            cap=data.sampling_cap,
+        ),
     )
     validation = DataLoader(
         dataset,
         split.validation_rows,
         config.validation.batch_size or config.training.batch_size,
         options,
-        held_out=~split.validation,
+        held_out=split.others(Part.VAL),
         quarantine=quarantine,
     )
-    logger.info("%d images for training, %d for validation", train.num_rows, validation.num_rows)
+    logger.info("%s", split.describe())
     return train, validation

@@ -4,6 +4,7 @@ A schedule's ``factor(step)`` multiplies each parameter group's base learning ra
 made, so the first update is at step 0. Refuses schedules that do not fit into the steps of the run.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from Configuration_System import SchedulerSection
+from tagger.errors import InputError
 from tagger.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 
 class Schedule(Protocol):
@@ -159,6 +163,65 @@ def create_scheduler(section: SchedulerSection, total_steps: int) -> Schedule:
     if total_steps < 1:
         raise ValueError(f"total_steps={total_steps} is below 1; a run needs at least one update")
     return SCHEDULES.get(section.name)(section, total_steps)
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where a run stands on its schedule: at update ``start_step`` a share ``start_share`` of it was done.
+
+    From there the rest of the schedule is spread over the updates up to ``total_steps``. A run that was never bent is
+    (total, 0, 0.0) and follows its schedule step by step.
+    """
+
+    total_steps: int
+    start_step: int = 0
+    start_share: float = 0.0
+
+
+def plan_course(
+    before: Course | None, step: int, images_seen: int, updates_left: int, images_an_update: int, on_change: str
+) -> Course:
+    """The course of a run that has made ``step`` updates and has ``updates_left``; ``before`` is what it was on.
+
+    Where the end has moved (other batch size, epochs or images), ``on_change`` says what the learning rate does.
+    "rescale": the rest of the schedule is spread over the updates left, from the share of images that has been seen,
+    so that another batch size alone does not move it. "keep": the old course, which may end early or late. "error":
+    InputError.
+    """
+    total_steps = step + updates_left
+    if before is None:
+        return Course(total_steps)
+    if before.total_steps == total_steps:
+        return before
+    moved = f"the run was to end at update {before.total_steps} and now ends at {total_steps}"
+    if on_change == "error":
+        raise InputError(
+            f"{moved}; bring back batch size, accumulation, epochs and images, or say what the learning rate should do "
+            "with checkpoint.on_schedule_change=rescale or keep"
+        )
+    if on_change == "keep":
+        logger.warning("%s; the learning rate keeps to its old course", moved)
+        return before
+    share = images_seen / (images_seen + updates_left * images_an_update) if updates_left else 1.0
+    logger.warning("%s; the learning rate goes on from %.1f %% of its schedule", moved, 100 * share)
+    return Course(total_steps, step, share)
+
+
+@dataclass(frozen=True)
+class CourseSchedule:
+    """A schedule followed along a course: ``inner`` spans ``course.total_steps`` steps as if run from its start."""
+
+    inner: Schedule
+    course: Course
+
+    def factor(self, step: int) -> float:
+        """Multiplier for the update made after ``step`` updates."""
+        course = self.course
+        if course.start_step == 0:
+            return self.inner.factor(step)
+        left = max(1, course.total_steps - course.start_step)
+        share = course.start_share + (1.0 - course.start_share) * (step - course.start_step) / left
+        return self.inner.factor(min(round(share * course.total_steps), course.total_steps))
 
 
 def apply(schedule: Schedule, optimizer: Optimizer, step: int) -> float:

@@ -1,7 +1,6 @@
 """The run: build, loop, close. One direct training loop over sidecar-JSON data sets.
 
-Refuses to write into an existing run without --resume. Exit codes: 0 done, 2 bad configuration or input, 1 anything
-else (the traceback is in train.log), 130/143 stopped by a signal with a checkpoint.
+Refuses to write into an existing run without --resume. Exit codes: tagger/errors.py.
 """
 
 import argparse
@@ -10,71 +9,33 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from Configuration_System import FullConfig, changed_settings, check_paths, load_config
-from dataset_loader import DataLoader
-from model_architecture import SimplifiedTagger
-from Monitor_log import TrainingMonitor
-from schedulers import Schedule, apply, create_scheduler
+from Configuration_System import FullConfig, check_paths, load_config
+from schedulers import apply
+from start_up import Parts, build, check
 from tagger.artifact import TagRow, save_artifact
 from tagger.cadence import due
-from tagger.config_io import digest, flat_values, save_yaml
-from tagger.data.augment import BatchAugment, Op
-from tagger.data.windows import Window, accumulation_windows, windows_left
+from tagger.data.windows import Window, accumulation_windows
+from tagger.endings import Ending, diagnose
 from tagger.errors import DivergedError, InputError, RunFailedError
+from tagger.files import write_json
 from tagger.logs import log_to_console
-from tagger.meter import TrainingMeter
 from tagger.rng import mix
-from tagger.run_folder import BestResult, RunFolder, RunResults, Status, code_commit
+from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit
 from tagger.stop import StopRequest
-from training_utils import (
-    CheckpointManager,
-    EarlyStopping,
-    ExponentialMovingAverage,
-    MixedPrecisionTrainer,
-    TrainState,
-    compile_model,
-    create_optimizer,
-    load_weights,
-    resolve_device,
-    seed_everything,
-)
-from validation_loop import Criterion, Evaluation, build_criterion, evaluate, open_data_and_model
-from vocabulary import TagVocabulary
+from training_utils import load_weights
+from validation_loop import Evaluation, evaluate
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Everything that the loop uses, built once."""
-
-    config: FullConfig
-    folder: RunFolder
-    device: torch.device
-    vocabulary: TagVocabulary
-    train_loader: DataLoader
-    validation_loader: DataLoader
-    model: SimplifiedTagger
-    parameters: tuple[torch.nn.Parameter, ...]
-    augment: BatchAugment
-    criterion: Criterion
-    schedule: Schedule
-    state: TrainState
-    manager: CheckpointManager
-    monitor: TrainingMonitor
-    stop: StopRequest
-    total_steps: int
-
-
-def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor]:
-    """One update: the loss summed over the window's images and the gradient norm, both scalars on the device."""
+def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    """One update: loss summed over the window's images, gradient norm, whether it was left out; device scalars."""
     config, state = parts.config, parts.state
     total = torch.zeros((), device=parts.device)
     for host in window.batches:
@@ -88,11 +49,14 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor]:
         state.precision.backward(loss / window.num_images)
         total += loss.detach()
     apply(parts.schedule, state.optimizer, state.step)
-    grad_norm = state.precision.step(state.optimizer, parts.parameters, config.training.clip_grad_norm)
+    parts.boundary.begin_update()
+    clip = config.training.clip_grad_norm
+    grad_norm, left_out = state.precision.step(state.optimizer, parts.parameters, clip, total)
     state.optimizer.zero_grad(set_to_none=True)
+    parts.boundary.undo_buffers(left_out)
     if state.ema is not None:
         state.ema.update()
-    return total, grad_norm
+    return total, grad_norm, left_out
 
 
 def validate(parts: Parts, epoch: int) -> Evaluation:
@@ -125,7 +89,6 @@ def train(parts: Parts) -> None:
     feed = accumulation_windows(
         parts.train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps
     )
-    meter = TrainingMeter(parts.device)
     started = time.perf_counter() - state.seconds
     stopping = False
     while state.step < parts.total_steps and not stopping:
@@ -133,17 +96,18 @@ def train(parts: Parts) -> None:
         window = next(feed)
         waited_s = time.perf_counter() - asked
 
-        loss, grad_norm = train_step(parts, window)
+        loss, grad_norm, left_out = train_step(parts, window)
         state.step += 1
         state.epoch, state.position = window.epoch, dict(window.position)
         state.samples_seen += window.num_images
         state.seconds = time.perf_counter() - started
-        meter.add(loss, grad_norm, window.num_images, waited_s, seconds=time.perf_counter() - asked)
+        parts.boundary.mark()
+        parts.meter.add(state.step, loss, grad_norm, window.num_images, waited_s, seconds=time.perf_counter() - asked)
+        parts.guard.add(state.step, left_out, [batch.row_ids for batch in window.batches])
 
         if due(state.step, config.monitor.log_every_steps):
             learning_rate = config.optimizer.learning_rate * parts.schedule.factor(state.step - 1)
-            scalars = meter.read(state.step, learning_rate, state.precision.nonfinite_steps)
-            monitor.log(scalars, state.step, window.epoch)
+            monitor.log(parts.meter.read(learning_rate, state.precision.nonfinite_steps), state.step, window.epoch)
         monitor.advance(state.step)
 
         evaluation = None
@@ -155,15 +119,38 @@ def train(parts: Parts) -> None:
         stopping = stopping or parts.stop.requested
 
         if evaluation is not None or due(state.step, config.checkpoint.every_steps) or stopping or last:
-            parts.manager.save(state, evaluation.scalars if evaluation else None)
-            write_results(parts, "running")
+            save(parts, evaluation)
 
 
-def write_results(parts: Parts, status: Status, error: str | None = None) -> None:
-    """`results.json` as of now; `final` are the scores of the newest validation."""
+def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = False) -> None:
+    """A checkpoint of the last step boundary, and `results.json` of the same moment."""
+    state = parts.state
+    state.extra["meter"], state.extra["guard"] = parts.meter.state_dict(), parts.guard.state_dict()
+    parts.manager.save(state, evaluation.scalars if evaluation else None, wait=wait)
+    write_results(parts, Ending("running"))
+
+
+def rescue(parts: Parts, error: Exception) -> None:
+    """After a fatal error: save the last step boundary where it can be had back, and what the error knows."""
+    parts.state.optimizer.zero_grad(set_to_none=True)
+    if isinstance(error, DivergedError):
+        images = [str(parts.train_loader.dataset.index.image_path(row)) for row in error.row_ids]
+        write_json(parts.folder.diverged_path, {"step": error.step, "row_ids": error.row_ids, "images": images})
+    if not parts.boundary.intact:
+        logger.error("the error came in the middle of an update: the newest checkpoint is where to go on from")
+        return
+    parts.boundary.restore()
+    try:
+        save(parts, wait=True)
+    except (OSError, RuntimeError, ValueError) as second:
+        logger.error("the state of step %d could not be saved (%s)", parts.state.step, second)
+
+
+def write_results(parts: Parts, ending: Ending) -> None:
+    """`results.json` as of now; `final` are the scores of the newest validation. A full disk does not stop the run."""
     state, best = parts.state, parts.manager.best
-    RunResults(
-        status=status,
+    results = RunResults(
+        status=ending.status,
         best=None if best is None else BestResult(best.metric, best.value, best.step),
         final=cast(dict[str, float], state.extra.get("final", {})),
         seconds=state.seconds,
@@ -171,8 +158,13 @@ def write_results(parts: Parts, status: Status, error: str | None = None) -> Non
         steps=state.step,
         commit=code_commit(),
         vocabulary_sha256=parts.vocabulary.sha256,
-        error=error,
-    ).write(parts.folder.results_path)
+        error=ending.reason,
+        exit_code=ending.exit_code,
+    )
+    try:
+        results.write(parts.folder.results_path)
+    except OSError as error:
+        logger.error("%s could not be written: %s", parts.folder.results_path, error)
 
 
 def write_model(parts: Parts) -> None:
@@ -204,92 +196,6 @@ def write_model(parts: Parts) -> None:
     logger.info("model/ holds the %s weights of step %d: %s %.4f", weights.kind, best.step, best.metric, best.value)
 
 
-def check(config: FullConfig) -> str:
-    """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing."""
-    vocabulary, train_loader, validation_loader, model = open_data_and_model(
-        config, config.run.folder / "vocabulary.json"
-    )
-    build_criterion(config, vocabulary)
-    device = resolve_device(config.training.device)
-    return (
-        f"ready: {train_loader.num_rows} training and {validation_loader.num_rows} validation images, "
-        f"{len(vocabulary)} tags, {model.num_parameters() / 1e6:.1f} M parameters on {device}"
-    )
-
-
-def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
-    """Everything that the loop needs, for a fresh run and for one that goes on."""
-    training = config.training
-    device = resolve_device(training.device)
-    seed_everything(training.seed)
-    vocabulary, train, validation, model = open_data_and_model(config, folder.vocabulary_path, folder.quarantine_path)
-    model.to(device)
-    state = TrainState(
-        model,
-        create_optimizer(config.optimizer, model),
-        MixedPrecisionTrainer(training.mixed_precision, device),
-        None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
-        EarlyStopping.from_config(training, config.checkpoint.best_metric),
-    )
-    manager = CheckpointManager(
-        folder.checkpoints_dir,
-        config.checkpoint.keep_last,
-        config.checkpoint.best_metric,
-        vocabulary_sha256=vocabulary.sha256,
-        config_sha256=digest(config),
-    )
-    # Where the weights come from, the first that applies: 1. the checkpoint to resume from; 2. scratch.
-    resumed = config.checkpoint.resume != "none" and resume(config, folder, manager, state)
-    left = windows_left(train, state.position, state.epoch, training.num_epochs, training.accumulation_steps)
-    total_steps = state.step + left
-    planned = state.extra.setdefault("total_steps", total_steps)
-    if planned != total_steps:
-        logger.warning("the run ends at step %d now, not %s; the learning rate follows", total_steps, planned)
-        state.extra["total_steps"] = total_steps
-    save_yaml(config, folder.config_path)
-    vocabulary.save(folder.vocabulary_path)
-    compile_model(model, training.compile, device)
-    red, green, blue = config.data.background
-    operations = {name: op and Op(op.probability, op.strength) for name, op in vars(config.augment).items()}
-    return Parts(
-        config=config,
-        folder=folder,
-        device=device,
-        vocabulary=vocabulary,
-        train_loader=train,
-        validation_loader=validation,
-        model=model,
-        parameters=tuple(p for p in model.parameters() if p.requires_grad),
-        augment=BatchAugment(**operations, fill=(red, green, blue)),
-        criterion=build_criterion(config, vocabulary).to(device),
-        schedule=create_scheduler(config.scheduler, max(total_steps, 1)),
-        state=state,
-        manager=manager,
-        monitor=TrainingMonitor(
-            config.monitor,
-            folder,
-            total_steps=total_steps,
-            resume_step=state.step if resumed else None,
-            settings=flat_values(config),
-        ),
-        stop=stop,
-        total_steps=total_steps,
-    )
-
-
-def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, state: TrainState) -> bool:
-    """Put the run's state back, saying from where and what has changed since; False where there is no checkpoint."""
-    for change in changed_settings(folder.config_path, config):
-        logger.warning("changed since this run last started: %s", change)
-    loaded = manager.load(config.checkpoint.resume)
-    if loaded is None:
-        logger.warning("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)
-        return False
-    state.restore(loaded)
-    logger.info("resumed from %s: step %d, epoch %d", loaded.path, state.step, state.epoch + 1)
-    return True
-
-
 def run(config: FullConfig) -> int:
     """Train as configured, from opening the run's folder to its model; returns the exit code."""
     with StopRequest() as stop, RunFolder.open(config.run.folder, resume=config.checkpoint.resume != "none") as folder:
@@ -298,23 +204,27 @@ def run(config: FullConfig) -> int:
         except InputError:
             folder.discard_if_new()
             raise
-        write_results(parts, "running")
-        status: Status = "failed"
-        reason: str | None = None
+        stop.watch(folder.stop_path)
+        write_results(parts, Ending("running"))
+        ending = Ending("failed", 1, "interrupted")
         try:
             with parts.monitor, parts.manager:
-                train(parts)
+                try:
+                    train(parts)
+                except Exception as error:
+                    rescue(parts, error)
+                    raise
             write_model(parts)
-            status = "stopped" if stop.requested else "completed"
+            stopped = stop.requested
+            ending = Ending("stopped", stop.exit_code, stop.reason) if stopped else Ending("completed", 0)
+            stop.honour()
         except Exception as error:
-            status, reason = "diverged" if isinstance(error, DivergedError) else "failed", str(error)
-            logger.exception("%s: %s", type(error).__name__, error)
-            if isinstance(error, InputError):
-                raise
-            raise RunFailedError(reason) from error
+            ending = diagnose(error)
+            logger.exception("%s", ending.reason)
+            raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
         finally:
-            write_results(parts, status, reason)
-    return stop.exit_code if stop.requested else 0
+            write_results(parts, ending)
+    return ending.exit_code or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -326,11 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe, e.g. configs/demo.yaml")
     parser.add_argument("--validate-only", action="store_true", help="check settings, data and model; train nothing")
     parser.add_argument("--resume", metavar="latest|best|none|PATH", help="go on with the run of the same name")
+    parser.add_argument("--init-from", metavar="FOLDER", help="start from the weights of a run, checkpoint or model")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over those of the file")
     options = parser.parse_intermixed_args(arguments)
     log_to_console()
     try:
-        words = [*options.overrides, *([f"checkpoint.resume={options.resume}"] if options.resume else [])]
+        named = {"checkpoint.resume": options.resume, "checkpoint.init_from": options.init_from}
+        words = [*options.overrides, *(f"{key}={value}" for key, value in named.items() if value)]
         config = load_config(options.config, words)
         check_paths(config)
         if options.validate_only:
@@ -339,9 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFailedError:
-        return 1
+        return error.exit_code
+    except RunFailedError as error:
+        return error.exit_code
     print(f"run: {config.run.folder}")
     return code
 

@@ -110,15 +110,24 @@ class MixedPrecisionTrainer:
         (loss * self._scale if self.dtype is torch.float16 else loss).backward()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def step(self, optimizer: Optimizer, parameters: Sequence[Tensor], clip_grad_norm: float | None) -> Tensor:
+    def step(
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        clip_grad_norm: float | None,
+        loss: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Update with the accumulated gradients, scaled down to the norm `clip_grad_norm` where they exceed it.
 
-        Returns the norm before clipping, a float32 scalar on the device. Gradients are not cleared, and their values
-        afterwards are unspecified.
+        The update is left out where the gradient or `loss`, a scalar on the device, is not finite. Returns the norm
+        before clipping, float32, and whether the update was left out for good, bool: scalars on the device. Gradients
+        are not cleared, and their values afterwards are unspecified.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = get_total_norm(gradients).float() / self._scale
         bad = ~torch.isfinite(norm)
+        if loss is not None:
+            bad = bad | ~torch.isfinite(loss)
         divisor = self._scale
         if clip_grad_norm is not None:
             divisor = divisor * ((norm + 1e-6) / clip_grad_norm).clamp(min=1.0)
@@ -128,10 +137,11 @@ class MixedPrecisionTrainer:
         elif not bool(bad):
             torch._foreach_div_(gradients, divisor)
             optimizer.step()
-        self.nonfinite_steps += bad & (self._scale <= 1.0)
+        left_out = bad & (self._scale <= 1.0)
+        self.nonfinite_steps += left_out
         if self.dtype is torch.float16:
             self._adapt_scale(bad)
-        return norm
+        return norm, left_out
 
     def _adapt_scale(self, bad: Tensor) -> None:
         grown = self._good_steps + 1 >= _GROWTH_STEPS

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ Criterion = TagLoss | MultiTaskLoss
 
 @dataclass(frozen=True)
 class Samples:
-    """The first validation images: uint8 [N, 3, H, W], logits [N, C] float32, tag indices per image; on the CPU."""
+    """The first held-out images of the index: uint8 [3, H, W] each, logits [N, C] float32, tag indices; on the CPU."""
 
-    images: Tensor
+    images: tuple[Tensor, ...]
     logits: Tensor
     tags: tuple[tuple[int, ...], ...]
 
@@ -70,8 +71,7 @@ def evaluate(
     """
     computer = MetricComputer(num_tags, threshold)
     total = torch.zeros((), dtype=torch.float64)
-    collected: list[tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]] = []
-    num_collected = 0
+    collected: list[_Sample] = []
     was_training = model.training
     model.eval()
     try:
@@ -83,12 +83,7 @@ def evaluate(
                 loss = criterion(logits, batch.tag_indices, batch.tag_offsets)
                 computer.update(logits.float(), batch.tag_indices, batch.tag_offsets)
                 total += loss.double().cpu()
-                if num_collected < num_samples:
-                    wanted = min(num_samples - num_collected, len(host))
-                    collected.append(
-                        (host.images[:wanted].clone(), logits[:wanted].float().cpu(), host.tag_lists(wanted))
-                    )
-                    num_collected += wanted
+                collected = _first_samples(collected, host, logits, num_samples)
     finally:
         model.train(was_training)
     metrics = computer.compute()
@@ -101,11 +96,31 @@ def evaluate(
     return Evaluation(scalars, metrics, _join_samples(collected))
 
 
-def _join_samples(collected: list[tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]]) -> Samples:
+class _Sample(NamedTuple):
+    row: int
+    image: Tensor
+    logits: Tensor
+    tags: tuple[int, ...]
+
+
+def _first_samples(collected: list[_Sample], host: Batch, logits: Tensor, count: int) -> list[_Sample]:
+    """The `count` samples of the lowest rows so far: the same images in whatever order the batches come."""
+    if count == 0:
+        return collected
+    limit = collected[-1].row if len(collected) == count else None
+    places = [i for i, row in enumerate(host.row_ids.tolist()) if limit is None or row < limit]
+    if not places:
+        return collected
+    tags, scores = host.tag_lists(), logits[places].float().cpu()
+    found = [_Sample(int(host.row_ids[i]), host.images[i].clone(), scores[n], tags[i]) for n, i in enumerate(places)]
+    return sorted([*collected, *found], key=lambda sample: sample.row)[:count]
+
+
+def _join_samples(collected: list[_Sample]) -> Samples:
     if not collected:
-        return Samples(torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, 0), ())
-    images, logits, tags = zip(*collected, strict=True)
-    return Samples(torch.cat(images), torch.cat(logits), tuple(row for rows in tags for row in rows))
+        return Samples((), torch.empty(0, 0), ())
+    _, images, logits, tags = zip(*collected, strict=True)
+    return Samples(images, torch.stack(logits), tags)
 
 
 def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:

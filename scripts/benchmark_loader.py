@@ -11,7 +11,6 @@
 import argparse
 import dataclasses
 import functools
-import importlib
 import itertools
 import statistics
 import sys
@@ -29,9 +28,10 @@ from rich.table import Table
 
 from Configuration_System import FullConfig, load_config
 from dataset_loader import DataLoader, create_dataloaders, open_dataset
+from scripts import build_cache
 from scripts.loader_workloads import HELD_OUT, PillowDataset, WaitingImages, make_photographs
 from tagger.batch import Batch
-from tagger.config_io import flat_values, save_yaml
+from tagger.config_io import save_yaml
 from tagger.files import write_json
 from vocabulary import build_vocabulary
 
@@ -43,7 +43,6 @@ NUM_THREADS = 8  # of the loader that is beside the main loop
 PREFETCH = 4
 LOOP_BATCH = 64
 STEP_S = 0.75 * LOOP_BATCH / RATE
-HAS_CACHE = "data.cache_dir" in flat_values(FullConfig())
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,8 @@ def measure_rates(scratch: Path, paths: Sequence[Path], num_rounds: int, console
         "ours, full decode in a process": open_loader(scratch, *full, "data.num_processes=1"),
         # At 1 MP -> 448 px "safe" scales nothing: half the size is less than twice the target.
         "ours, DCT scaling": open_loader(scratch, "data.num_threads=2", "data.decode_scaling=tight"),
+        "ours, shrink cache": open_cached(scratch),
     }
-    if HAS_CACHE:
-        loaders["ours, shrink cache"] = open_cached(scratch)
     baseline = torch.utils.data.DataLoader(
         PillowDataset(paths, SIDE),
         batch_size=BATCH,
@@ -158,7 +156,7 @@ def open_cached(scratch: Path) -> DataLoader:
     cache.mkdir()
     recipe = scratch / "recipe.yaml"
     save_yaml(configured(scratch), recipe)
-    code = importlib.import_module("scripts.build_cache").main([str(recipe), "--folder", str(cache), "--workers", "0"])
+    code = build_cache.main([str(recipe), "--folder", str(cache), "--workers", "0"])
     assert code == 0, "the shrink cache was not built"
     return open_loader(scratch, "data.num_threads=2", f"data.cache_dir={cache}")
 
@@ -174,7 +172,7 @@ def rate_figures(rates: dict[str, list[float]]) -> list[Figure]:
         against(floor, "ours, full decode", 0.5),
         against(pillow, "ours, full decode in a process", None),
         against(pillow, "ours, DCT scaling", 3.4),
-        *([against(pillow, "ours, shrink cache", 5.0)] if HAS_CACHE else []),
+        against(pillow, "ours, shrink cache", 5.0),
     ]
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import start_up
 import train_direct
 from Configuration_System import FullConfig, load_config
 from tagger.batch import Batch
@@ -37,7 +38,7 @@ WARMUP_STEPS = 5
 class PairedLoader:
     """Serves batches from memory; before each one it takes a bare step itself and notes how long both steps took."""
 
-    def __init__(self, batches: Sequence[Batch], num_steps: int, parts: train_direct.Parts) -> None:
+    def __init__(self, batches: Sequence[Batch], num_steps: int, parts: start_up.Parts) -> None:
         self._batches = [batch.to(parts.device) for batch in batches]
         self._num_steps = num_steps
         self._device = parts.device
@@ -118,7 +119,7 @@ def make_images(folder: Path, number: int) -> None:
 def measure(config: FullConfig, num_steps: int, console: Console) -> PairedLoader:
     """Run the real loop for `num_steps` steps on memory-resident batches, paired with bare steps."""
     with StopRequest() as stop, RunFolder.open(config.run.folder, resume=False) as folder:
-        parts = train_direct.build(config, folder, stop)
+        parts = start_up.build(config, folder, stop)
         batches = random_batches(4, config.training.batch_size, config.data.image_size, len(parts.vocabulary))
         loader = PairedLoader(batches, num_steps, parts)
         parts = dataclasses.replace(parts, train_loader=loader, total_steps=num_steps)  # type: ignore[arg-type]

@@ -88,4 +88,4 @@ class WaitingImages(ImageSource):
     def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> LoadedImage:  # noqa: ARG002
         time.sleep(self.wait_s)
         memory[:, 0, 0] = row % 256
-        return LoadedImage((memory.shape[1], memory.shape[2]), False, False)
+        return LoadedImage((memory.shape[1], memory.shape[2]), False, False, False)

@@ -16,11 +16,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from Configuration_System import FullConfig, load_config
-from dataset_loader import open_dataset
+from dataset_loader import open_dataset, split_dataset
 from model_architecture import VisionTransformerConfig, create_model
 from orientation_handler import OrientationHandler
 from tagger.artifact import load_artifact
-from tagger.data.split import split_rows
 from tagger.errors import InputError
 from tagger.files import read_json
 from tagger.predict import Prediction, Tagger
@@ -34,9 +33,7 @@ EVALUATION_FORMAT_VERSION = 1
 def pick_held_out(config: FullConfig, count: int) -> list[Record]:
     """`count` held-out images (fewer where there are fewer), spread evenly over the validation rows."""
     index = open_dataset(config.data)
-    val_list = Path(config.data.val_list) if config.data.val_list is not None else None
-    split = split_rows(index.image_ids, index.image_path, val_list=val_list, val_fraction=config.data.val_fraction)
-    rows = split.validation_rows
+    rows = split_dataset(config.data, index).validation_rows
     count = min(count, len(rows))
     return [index.record(int(rows[(2 * i + 1) * len(rows) // (2 * count)])) for i in range(count)]
 

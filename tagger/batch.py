@@ -16,7 +16,7 @@ from tagger.tag_lists import tag_coordinates
 class Batch:
     """B images with their tags.
 
-    images: uint8 [B, 3, H, W], RGB, letterboxed: the content is centred and `valid_sizes` is its height and width.
+    images: uint8 [B, 3, H, W], RGB, letterboxed or of one aspect bucket; the content is centred.
     tag_indices: int32 [T], vocabulary indices, ascending and unique within an image.
     tag_offsets: int32 [B + 1]; image i has `tag_indices[tag_offsets[i]:tag_offsets[i + 1]]`.
     row_ids: int64 [B], rows of the metadata index.

@@ -13,9 +13,10 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 CompileMode = Literal["auto", "on", "off"]
-# A block is compiled anew for each batch shape, for training and evaluation, and for each value that it holds as a
-# plain number; past torch's limit of 8 a block compiled with fullgraph=True fails.
-_VARIANTS_PER_BLOCK = 16
+# A block is compiled anew for each batch shape (up to 21 with aspect buckets, each with a smaller last batch in
+# evaluation), for training and evaluation, and for each value that it holds as a plain number; past torch's limit of 8
+# a block compiled with fullgraph=True fails.
+_VARIANTS_PER_BLOCK = 128
 
 
 def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], mode: CompileMode, device: torch.device) -> bool:

@@ -267,3 +267,20 @@ def _origin_of(key: str, origin: Mapping[str, str]) -> str:
     while key not in origin and "." in key:
         key = key.rpartition(".")[0]
     return origin.get(key, "default")
+
+
+def describe(loaded: Loaded[T]) -> str:
+    """Every setting, its value and its source, one a line."""
+    lines = ["# precedence: defaults < file < environment (TAGGER_SECTION__KEY) < command line"]
+    values = flat_values(loaded.tree)
+    width = max(len(f"{key}: {value}") for key, value in values.items() if len(f"{key}: {value}") <= 60)
+    lines += [f"{f'{key}: {_yaml_scalar(value)}':<{width}}  # {loaded.origin[key]}" for key, value in values.items()]
+    return "\n".join(lines)
+
+
+def _yaml_scalar(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

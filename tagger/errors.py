@@ -1,13 +1,47 @@
-"""The kinds of error that a command tells apart by its exit code."""
+"""How a command ends when something is wrong: kinds of error, and the exit code that tells them apart.
+
+0        done (also: stopped by a STOP file, with a checkpoint)
+1        anything else; the traceback is in train.log
+2        bad configuration or input
+3        too many images refused
+4        the loss or its gradient is no longer a number
+5        out of memory
+6        storage: a checkpoint or the data could not be written or read
+130, 143 stopped by Ctrl-C or SIGTERM, with a checkpoint
+"""
 
 
 class InputError(ValueError):
-    """Bad configuration or input: exit 2. One line: what was found, where, what was expected, what to do."""
+    """Bad configuration or input. One line: what was found, where, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class DataFailureError(InputError):
+    """More refused images than the budget allows."""
+
+    exit_code = 3
+
+
+class StorageError(RuntimeError):
+    """Storage or memory that did not recover in time; no file is to blame."""
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number; the last checkpoint is from before."""
+    """Updates that had to be left out because they were not finite; the weights are those of before.
+
+    `step` counts the updates before the first one of the series, `row_ids` are the images of the last one.
+    """
+
+    def __init__(self, message: str, step: int, row_ids: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.row_ids = row_ids
 
 
 class RunFailedError(RuntimeError):
-    """A run that ended badly and has said why, its traceback in train.log: exit 1."""
+    """A run that ended badly and has said why, its traceback in train.log."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -22,6 +22,7 @@ from tagger.module_state import load_tensors, named_tensors
 
 DEFAULT_MAX_PIXELS = 200_000_000
 _DECODING_THREADS = 4
+_HELD_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ScoredTag:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The tags of one image, the most probable first. `image` is what the model saw, uint8 [3, S, S]."""
+    """The tags of one image, the most probable first. `image` is what the model saw, uint8 [3, H, W]."""
 
     path: Path
     tags: tuple[ScoredTag, ...]
@@ -82,6 +83,8 @@ class Tagger:
         self._batch_size = batch_size
         preprocess = artifact.preprocess
         self._decoding = DecodeOptions(preprocess.background, max_pixels, preprocess.decode_scaling)
+        # Images of one shape go through the model together: with many shapes, more are held to find companions.
+        self._num_held = batch_size * (_HELD_BATCHES if artifact.preprocess.shapes else 1)
         ratings = [index for index, tag in enumerate(artifact.tags) if tag.category == "rating"]
         self._exclusive = ratings if artifact.metadata.get("exclusive_ratings", False) else []
 
@@ -96,21 +99,20 @@ class Tagger:
         limit = self._artifact.threshold if threshold is None else threshold
         with ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode") as pool:
             ahead = self._submit(pool, paths, 0)
-            for start in range(0, len(paths), self._batch_size):
+            for start in range(0, len(paths), self._num_held):
                 prepared = [future.result() for future in ahead]
-                ahead = self._submit(pool, paths, start + self._batch_size)
-                images = [item for item in prepared if isinstance(item, _Prepared)]
-                scores = iter(self._score(images)) if images else iter(())
-                for item in prepared:
+                ahead = self._submit(pool, paths, start + self._num_held)
+                scores = self._score_by_shape(prepared)
+                for place, item in enumerate(prepared):
                     if isinstance(item, Unreadable):
                         yield item
                     else:
-                        yield Prediction(item.path, self._select(next(scores), limit, top), item.image)
+                        yield Prediction(item.path, self._select(scores[place], limit, top), item.image)
 
     def _submit(
         self, pool: ThreadPoolExecutor, paths: Sequence[Path], start: int
     ) -> list[Future[_Prepared | Unreadable]]:
-        return [pool.submit(self._prepare, path) for path in paths[start : start + self._batch_size]]
+        return [pool.submit(self._prepare, path) for path in paths[start : start + self._num_held]]
 
     def _prepare(self, path: Path) -> _Prepared | Unreadable:
         preprocess = self._artifact.preprocess
@@ -124,6 +126,20 @@ class Tagger:
             return Unreadable(path, error.strerror or type(error).__name__)
         image, valid_size = preprocess.apply(decoded.pixels, decoded.full_size)
         return _Prepared(path, image, valid_size)
+
+    def _score_by_shape(self, prepared: Sequence[_Prepared | Unreadable]) -> dict[int, NDArray[np.float32]]:
+        """Probabilities [C] of each readable image, by its place."""
+        places: dict[torch.Size, list[int]] = {}
+        for place, item in enumerate(prepared):
+            if isinstance(item, _Prepared):
+                places.setdefault(item.image.shape, []).append(place)
+        scores: dict[int, NDArray[np.float32]] = {}
+        for alike in places.values():
+            for start in range(0, len(alike), self._batch_size):
+                chosen = alike[start : start + self._batch_size]
+                images = [item for item in map(prepared.__getitem__, chosen) if isinstance(item, _Prepared)]
+                scores.update(zip(chosen, self._score(images), strict=True))
+        return scores
 
     def _score(self, prepared: Sequence[_Prepared]) -> NDArray[np.float32]:
         """Probabilities [B, C]."""

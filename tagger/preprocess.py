@@ -4,31 +4,40 @@ It is saved as `preprocess.json` with every model. Refuses specifications that t
 a resize that is nearly the same moves every score.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tagger.data.buckets import MIN_SCALE_RATIO, Shape, aspect_shapes, aspects_of, nearest_shape
 from tagger.data.decode_jpeg import DCT_SCALINGS, DctScaling
 from tagger.files import FormatError, read_json, write_json
 
 FORMAT_VERSION = 2
 INTERPOLATION = "bicubic"
-FIT = "letterbox"
+_LARGEST_SIDE = 1 << 16
+
+Fit = Literal["letterbox", "buckets"]
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Letterbox an image into a square and normalise it.
+    """Fit an image into a shape that the model takes; normalising it is the model's part.
 
     image_size: side of the square, pixels.
     background: RGB 0..255 of the bars and behind transparency.
     mean, std: per channel, of the range 0..1; the model subtracts and divides, `apply` does not.
-    interpolation: torch's antialiased bicubic on uint8. fit: keep the aspect ratio, longest side = image_size.
+    interpolation: torch's antialiased bicubic on uint8.
+    shapes: (height, width) of the aspect buckets, from the tallest to the widest. An image goes to the one of nearest
+    aspect and fills it, one side scaled by at most 5 % more than the other; what lies further from every bucket keeps
+    the rest of its form between two bars, since a crop would leave its tags without their picture. Without shapes: a
+    letterbox, which keeps every aspect and puts the bars inside the square.
     decode_scaling: how far a JPEG may be scaled in its decoder (see DecodeOptions); it moves pixels (tight: about
     35 dB), so a model keeps to what it was trained with.
     """
@@ -38,8 +47,27 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: str = INTERPOLATION
-    fit: str = FIT
+    shapes: tuple[Shape, ...] = ()
     decode_scaling: DctScaling = "safe"
+
+    @classmethod
+    def create(
+        cls,
+        image_size: int,
+        fit: Fit,
+        patch_size: int,
+        background: tuple[int, int, int] = (255, 255, 255),
+        *,
+        decode_scaling: DctScaling = "safe",
+    ) -> "Preprocess":
+        """What `fit` means for a model of `patch_size`; ValueError where a square is too small for buckets."""
+        shapes = aspect_shapes(image_size, patch_size) if fit == "buckets" else ()
+        return cls(image_size, background, shapes=shapes, decode_scaling=decode_scaling)
+
+    @property
+    def fit(self) -> Fit:
+        """How an image takes its shape."""
+        return "buckets" if self.shapes else "letterbox"
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -48,64 +76,89 @@ class Preprocess:
             raise ValueError(f"background={self.background} is not three numbers 0..255; white is (255, 255, 255)")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
             raise ValueError(f"mean={self.mean}, std={self.std}: each needs three numbers, std above 0")
-        if self.interpolation != INTERPOLATION or self.fit != FIT:
+        if self.interpolation != INTERPOLATION:
             raise ValueError(
-                f"interpolation={self.interpolation!r}, fit={self.fit!r}: "
-                f"this version carries out {INTERPOLATION!r} with {FIT!r} only; update the program"
+                f"interpolation={self.interpolation!r}: this version carries out {INTERPOLATION!r} only; "
+                "update the program"
             )
         if self.decode_scaling not in DCT_SCALINGS:
             raise ValueError(f"decode_scaling={self.decode_scaling!r} is unknown; use {', '.join(DCT_SCALINGS)}")
+        aspects = [width / height for height, width in self.shapes if min(height, width) > 0]
+        ascending = all(left < right for left, right in itertools.pairwise(aspects))
+        if len(aspects) != len(self.shapes) or not ascending or max(map(max, self.shapes), default=1) > _LARGEST_SIDE:
+            raise ValueError(f"shapes={self.shapes} are not (height, width) from the tallest to the widest")
 
-    def content_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of an image's content inside the square.
+    @property
+    def longest_side(self) -> int:
+        """Pixels of the longest side of all shapes: a smaller image is always enlarged."""
+        return max(map(max, self.shapes), default=self.image_size)
 
-        The shorter side is rounded to the parity of `image_size`, so that the content is centred exactly and
-        mirroring the square is mirroring the content; the aspect ratio moves by at most one pixel.
+    def shape_of(self, height: int, width: int) -> Shape:
+        """(height, width) in which the model sees an image of height x width pixels."""
+        if not self.shapes:
+            return self.image_size, self.image_size
+        aspect = aspects_of(np.array([width]), np.array([height]))
+        return self.shapes[int(nearest_shape(self.shapes, aspect)[0])]
+
+    def content_size(self, height: int, width: int, shape: Shape | None = None) -> tuple[int, int]:
+        """(height, width) of an image's content inside `shape` (None: its own).
+
+        The side that does not fill the shape is rounded to that side's parity, so that the content is centred exactly
+        and mirroring the whole is mirroring the content; the aspect ratio moves by at most one pixel more.
         """
-        side = self.image_size
-        longest = max(height, width)
-        shorter = self._matching_parity(min(height, width) * side / longest)
-        return (side, shorter) if height >= width else (shorter, side)
-
-    def _matching_parity(self, length: float) -> int:
-        parity = self.image_size % 2
-        nearest = 2 * round((length - parity) / 2) + parity
-        return min(max(nearest, 2 - parity), self.image_size)
+        rows, columns = shape or self.shape_of(height, width)
+        stretch = 1 / MIN_SCALE_RATIO if self.shapes else 1.0
+        if height * columns >= width * rows:
+            return rows, _matching_parity(width * rows / height * stretch, columns)
+        return _matching_parity(height * columns / width * stretch, rows), columns
 
     def apply(self, rgb: NDArray[np.uint8], full_size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 [H, W, 3] RGB -> (uint8 [3, image_size, image_size], (height, width) of the content).
+        """uint8 [h, w, 3] RGB -> (uint8 [3, *shape_of(H, W)], (height, width) of the content).
 
-        full_size: (height, width) of the image before its decoder scaled it; None: `rgb` is the full image.
+        full_size: (H, W) of the image before its decoder scaled it; None: `rgb` is the full image.
         """
-        square = np.empty((3, self.image_size, self.image_size), dtype=np.uint8)
-        size = self.apply_into(rgb, square, full_size=full_size)
-        return torch.from_numpy(square), size
+        place = np.empty((3, *self.shape_of(*(full_size or rgb.shape[:2]))), dtype=np.uint8)
+        size = self.apply_into(rgb, place, full_size=full_size)
+        return torch.from_numpy(place), size
 
     def apply_into(
         self,
         rgb: NDArray[np.uint8],
-        square: NDArray[np.uint8],
+        place: NDArray[np.uint8],
         *,
         mirror: bool = False,
         full_size: tuple[int, int] | None = None,
     ) -> tuple[int, int]:
-        """Write the letterboxed image over every pixel of `square`, uint8 [3, image_size, image_size].
+        """Write the image, uint8 [H, W, 3] RGB, over every pixel of `place`, uint8 [3, *shape].
 
+        The shape may be another than the image's own, as beside other images of a batch: the same rule fits it in.
         `mirror` flips the result left to right. `full_size` as in `apply`. Returns (height, width) of the content.
         """
-        height, width = self.content_size(*(full_size or rgb.shape[:2]))
+        rows, columns = place.shape[1], place.shape[2]
+        full = full_size or (rgb.shape[0], rgb.shape[1])
+        height, width = self.content_size(full[0], full[1], (rows, columns))
         content = _resize(rgb, height, width)
         if mirror:
             content = content[:, :, ::-1]
-        top, left = (self.image_size - height) // 2, (self.image_size - width) // 2
+        top, left = (rows - height) // 2, (columns - width) // 2
         # NumPy, not torch: Tensor.copy_ and fill_ start a team of OpenMP threads in every loader thread.
-        for plane, colour in zip(square, self.background, strict=True):
+        for plane, colour in zip(place, self.background, strict=True):
             plane[:top] = colour
             plane[top + height :] = colour
             plane[top : top + height, :left] = colour
             plane[top : top + height, left + width :] = colour
-        square[:, top : top + height, left : left + width] = content
+        place[:, top : top + height, left : left + width] = content
         return height, width
+
+    def shrink(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3] -> contiguous uint8 [h, w, 3]: the content that `apply` gives, without its bars.
+
+        An image that fits into the square as it is stays as it is.
+        """
+        if max(rgb.shape[:2]) <= self.image_size:
+            return np.ascontiguousarray(rgb)
+        height, width = self.content_size(rgb.shape[0], rgb.shape[1])
+        return np.ascontiguousarray(_resize(rgb, height, width).transpose(1, 2, 0))
 
     def to_json(self) -> dict[str, object]:
         """What `from_json` reads back to an equal object."""
@@ -113,6 +166,7 @@ class Preprocess:
             "format_version": FORMAT_VERSION,
             "image_size": self.image_size,
             "fit": self.fit,
+            **({"shapes": [list(shape) for shape in self.shapes]} if self.shapes else {}),
             "interpolation": self.interpolation,
             "antialias": True,
             "decode_scaling": self.decode_scaling,
@@ -126,7 +180,9 @@ class Preprocess:
         """The object that `to_json` described; FormatError says which entry is missing or wrong."""
         found = content.get("format_version")
         if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
-            raise FormatError(f"preprocess has format_version {found}, this program reads {FORMAT_VERSION}; update it")
+            raise FormatError(
+                f"preprocess has format_version {found}, this program reads up to {FORMAT_VERSION}; update it"
+            )
         size = content.get("image_size")
         if not isinstance(size, int) or isinstance(size, bool):
             raise FormatError(f"preprocess: image_size={size!r} is not a whole number")
@@ -142,7 +198,7 @@ class Preprocess:
                 mean=_triple(content, "mean"),
                 std=_triple(content, "std"),
                 interpolation=str(content.get("interpolation")),
-                fit=str(content.get("fit")),
+                shapes=_shapes(content),
                 decode_scaling=scaling,
             )
         except ValueError as error:
@@ -160,6 +216,30 @@ class Preprocess:
             return cls.from_json(content)
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from error
+
+
+def _shapes(content: Mapping[str, object]) -> tuple[Shape, ...]:
+    fit, shapes = content.get("fit"), content.get("shapes")
+    if fit == "letterbox" and shapes is None:
+        return ()
+    if fit == "letterbox":
+        raise FormatError("preprocess: fit='letterbox' with shapes; they belong to fit='buckets'")
+    if fit != "buckets":
+        raise FormatError(f"preprocess: fit={fit!r} is not known to this version; update the program")
+    if not isinstance(shapes, list) or not shapes or not all(_is_shape(shape) for shape in shapes):
+        raise FormatError(f"preprocess: shapes={shapes!r} are not pairs [height, width] of whole numbers above 0")
+    return tuple((shape[0], shape[1]) for shape in shapes)
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def _matching_parity(length: float, side: int) -> int:
+    """The whole number nearest to a length, within 1 .. side, that leaves equal bars on both ends of a side."""
+    parity = side % 2
+    nearest = 2 * round((length - parity) / 2) + parity
+    return min(max(nearest, 2 - parity), side)
 
 
 def _triple(content: Mapping[str, object], key: str) -> tuple[float, float, float]:

@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import get_args
 
+from tagger.endings import Status
 from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 from tagger.logs import RunLogHandler
 from tagger.run_lock import FolderLock, LockedError, is_held
 
 FORMAT_VERSION = 1
-Status = Literal["running", "completed", "stopped", "failed", "diverged"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,10 @@ class BestResult:
 
 @dataclass(frozen=True)
 class RunResults:
-    """How a run went so far. Numbers that are not finite are stored, and read again, as None."""
+    """How a run went so far; `exit_code` is None while it runs.
+
+    Numbers that are not finite are stored, and read again, as None.
+    """
 
     status: Status
     best: BestResult | None = None
@@ -51,6 +54,7 @@ class RunResults:
     commit: str | None = None
     vocabulary_sha256: str | None = None
     error: str | None = None
+    exit_code: int | None = None
     format_version: int = FORMAT_VERSION
 
     def write(self, path: Path) -> None:
@@ -76,6 +80,7 @@ class RunResults:
                 commit=content["commit"],
                 vocabulary_sha256=content["vocabulary_sha256"],
                 error=content["error"],
+                exit_code=content.get("exit_code"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
@@ -166,6 +171,16 @@ class RunFolder:
     def results_path(self) -> Path:
         """How the run went."""
         return results_path(self.path)
+
+    @property
+    def stop_path(self) -> Path:
+        """A file of this name asks the run to stop."""
+        return self.path / "STOP"
+
+    @property
+    def diverged_path(self) -> Path:
+        """Which images the run met when it diverged."""
+        return self.path / "diverged.json"
 
     @property
     def model_dir(self) -> Path:

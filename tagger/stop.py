@@ -1,17 +1,22 @@
-"""Stopping on request: the first SIGINT or SIGTERM asks, the second one ends the process at once."""
+"""Stopping on request: a signal or a STOP file asks; a second signal ends the process at once."""
 
 import logging
 import signal
 import threading
+import time
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Self
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A look at a file costs microseconds on a local disk and milliseconds on a slow network.
+_LOOK_EVERY_S = 1.0
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop; `signal_number` says which. A context manager of the main thread.
+    """Whether the run has been asked to stop. A context manager of the main thread.
 
     After the first signal the system's own handlers are back, so that a second one does not wait for anything.
     """
@@ -19,19 +24,46 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._file: Path | None = None
+        self._file_seen = False
+        self._looked_at = 0.0
+
+    def watch(self, file: Path) -> None:
+        """From now on the existence of `file` asks too. One that is there already is from before, and removed."""
+        if file.exists():
+            logger.warning("%s was there before this run started: removed", file)
+            file.unlink()
+        self._file = file
 
     @property
     def requested(self) -> bool:
-        """True from the first signal on."""
-        return self.signal_number is not None
+        """True from the first signal on, or from when the file was seen (it is looked for once a second)."""
+        if self.signal_number is not None or self._file_seen:
+            return True
+        now = time.monotonic()
+        if self._file is not None and now - self._looked_at >= _LOOK_EVERY_S:
+            self._looked_at = now
+            self._file_seen = self._file.exists()
+            if self._file_seen:
+                logger.warning("%s: stopping after this step with a checkpoint", self._file)
+        return self._file_seen
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM."""
-        assert self.signal_number is not None
-        return 128 + self.signal_number
+        """128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM. 0 for a STOP file."""
+        return 0 if self.signal_number is None else 128 + self.signal_number
 
-    def __enter__(self) -> "StopRequest":
+    @property
+    def reason(self) -> str:
+        """What asked, for people."""
+        return f"{self._file} was there" if self.signal_number is None else signal.Signals(self.signal_number).name
+
+    def honour(self) -> None:
+        """The run has stopped: the file has done its work and goes."""
+        if self._file_seen and self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._on_signal)

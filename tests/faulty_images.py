@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagger.data.batch_job import ImageSource, LoadedImage
-from tagger.data.quarantine import StorageError
+from tagger.errors import StorageError
 
 
 class OddError(Exception):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from Configuration_System import FullConfig
@@ -87,3 +88,16 @@ def rows_of(batches: Sequence[tuple[Batch, Position]]) -> list[int]:
 
 def path_of(loader: DataLoader, row: int) -> Path:
     return loader.dataset.index.image_path(row)
+
+
+def photograph(number: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Smooth noise in colour, uint8 [height, width, 3]: low frequencies are strong and high ones weak, as in photos."""
+    generator = np.random.default_rng(number)
+    picture = np.zeros((height, width, 3))
+    for cells in (2, 4, 8, 16, 32):
+        coarse = generator.standard_normal((cells, cells, 3))
+        planes = [Image.fromarray(coarse[..., c].astype(np.float32)) for c in range(3)]
+        smooth = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
+        picture += np.stack(smooth, axis=-1) / cells**0.9
+    low, high = picture.min(), picture.max()
+    return np.asarray(255 * (picture - low) / (high - low)).astype(np.uint8)

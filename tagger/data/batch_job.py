@@ -15,16 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from tagger.batch import Batch
+from tagger.data.batch_plan import BatchPlan
 from tagger.data.decode import DecodeError, DecodeOptions, RefusedImage, decode
+from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex
-from tagger.data.quarantine import (
-    SYSTEM_CLOCK,
-    Clock,
-    Refusal,
-    UndecodableFile,
-    read_with_facts,
-    retry_transient,
-)
+from tagger.data.quarantine import SYSTEM_CLOCK, Clock, Refusal, UndecodableFile, retry_transient
 from tagger.data.quarantine_log import KnownBad
 from tagger.data.ragged import gather, pack
 from tagger.data.sampler import RowSampler
@@ -103,44 +98,46 @@ class Mirroring:
 @dataclass(frozen=True)
 class LoadedImage:
     """content_size: (height, width) of the image inside the model's form. partial: pixels are missing, and that was
-    allowed. mended: the file was in quarantine and has changed.
+    allowed. mended: the file was in quarantine and has changed. missed_cache: there is a shrink cache, and it did not
+    have the image as it is now.
     """
 
     content_size: tuple[int, int]
     partial: bool
     mended: bool
+    missed_cache: bool
 
 
 @dataclass(frozen=True)
 class ImageSource:
     """From a row to its pixels in the model's form. `known_bad` are files that are refused without reading them."""
 
-    index: MetadataIndex
+    reader: ImageReader
     preprocess: Preprocess
     decoding: DecodeOptions
     known_bad: KnownBad = field(default_factory=KnownBad)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of an image in the model's form."""
+        """(3, height, width) of an image in the model's form; of aspect buckets, the square, which none exceeds."""
         side = self.preprocess.image_size
         return 3, side, side
 
     def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> LoadedImage:
-        """Fill `memory`, uint8 [3, H, W], with a row's image.
+        """Fill `memory`, uint8 [3, H, W] of the batch's shape, with a row's image.
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
-        path = self.index.image_path(row)
-        name = printable(path)
+        name = printable(self.reader.index.image_path(row)) if self.known_bad.entries else ""
         suspect = self.known_bad.knows(name)
-        content, facts = read_with_facts(path, partial(self.known_bad.reason, name) if suspect else None)
+        found = self.reader.read(row, partial(self.known_bad.reason, name) if suspect else None)
         try:
-            decoded = decode(content, self.decoding, self.preprocess.content_size)
+            fit = partial(self.preprocess.content_size, shape=memory.shape[1:])
+            decoded = decode(found.content, self.decoding, fit)
         except DecodeError as error:
-            raise UndecodableFile(error, facts, content) from error
+            raise UndecodableFile(error, found.facts, found.content) from error
         size = self.preprocess.apply_into(decoded.pixels, memory, mirror=mirror, full_size=decoded.full_size)
-        return LoadedImage(size, decoded.partial, suspect)
+        return LoadedImage(size, decoded.partial, suspect, found.missed_cache)
 
 
 @dataclass(frozen=True)
@@ -149,10 +146,14 @@ class BatchSource:
 
     table: TagTable
     images: ImageSource
-    sampler: RowSampler
+    plan: BatchPlan
     mirroring: Mirroring | None
     held_out: Flags
     clock: Clock = SYSTEM_CLOCK
+
+    @property
+    def sampler(self) -> RowSampler:
+        return self.plan.sampler
 
     @property
     def refills(self) -> bool:
@@ -177,6 +178,7 @@ class Outcome(NamedTuple):
     refused: Refusal | None
     partial: bool = False
     mended: bool = False
+    missed_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,9 @@ class BatchJob:
         self._stopping = stopping
         self._epoch = epoch
         self._start = start
-        self._rows = source.sampler.rows_at(epoch, start, stop)
+        self._rows = source.plan.rows_at(epoch, start, stop)
         self._mirrored, self._vetoed = self._decide(self._rows)
-        self._images, self._memory = memory.take((len(self._rows), *source.images.shape))
+        self._images, self._memory = memory.take((len(self._rows), 3, *source.plan.shape_at(epoch, start)))
         self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
         self._outcomes: list[Outcome | None] = [None] * len(self._rows)
 
@@ -236,7 +238,7 @@ class BatchJob:
         """Put a stand-in in a refused image's slot; slot by slot, so that a batch holds no image twice."""
         tried = 0
         for attempt in range(_DISTINCT_ATTEMPTS + _MAX_ATTEMPTS):
-            row = self._source.sampler.reserve_row(self._epoch, self._start + item, attempt)
+            row = self._source.plan.reserve_row(self._epoch, self._start + item, attempt)
             if attempt < _DISTINCT_ATTEMPTS and row in self._rows:
                 continue
             one = slice(item, item + 1)
@@ -260,19 +262,18 @@ class BatchJob:
 
     def _prepare(self, item: int) -> Outcome:
         row = int(self._rows[item])
-        images = self._source.images
-        mirror = bool(self._mirrored[item])
-
-        def load() -> LoadedImage:
-            return images.load_into(row, self._memory[item], mirror=mirror)
-
+        path = self._source.table.index.image_path
         try:
             try:
-                loaded = load()
+                loaded = self._load(item)
             except (OSError, MemoryError):
-                path = self._source.table.index.image_path(row)
-                loaded = retry_transient(load, path, self._stopping, clock=self._source.clock)
+                clock = self._source.clock
+                loaded = retry_transient(lambda: self._load(item), path(row), self._stopping, clock=clock)
         except RefusedImage as error:
-            return Outcome(row, Refusal.of(self._source.table.index.image_path(row), error))
+            return Outcome(row, Refusal.of(path(row), error))
         self._sizes[item] = loaded.content_size
-        return Outcome(row, None, loaded.partial, loaded.mended)
+        return Outcome(row, None, loaded.partial, loaded.mended, loaded.missed_cache)
+
+    def _load(self, item: int) -> LoadedImage:
+        row, mirror = int(self._rows[item]), bool(self._mirrored[item])
+        return self._source.images.load_into(row, self._memory[item], mirror=mirror)

@@ -197,7 +197,6 @@ class _Worker:
         )
         self._cells = board_of(ring, setup.num_processes)[setup.number]
         self._cells[1:] = 0
-        self._images = self._source.images
         slots = ring.array[board_bytes(setup.num_processes) :].reshape(-1, setup.slot_bytes)
         self._slots = [_Slot(memory) for memory in slots]
         self._setup = setup
@@ -207,9 +206,9 @@ class _Worker:
 
     def obey(self, command: Begin | Grant | End) -> None:
         if isinstance(command, Begin):
-            # They stand in for the source's images in all that a batch asks of those.
-            images = _Watched(replace(self._images, known_bad=command.known_bad), self._cells)
-            source = replace(self._source, images=cast(ImageSource, images))
+            images = replace(self._source.images, known_bad=command.known_bad)
+            # It stands in for the images in all that a batch asks of them.
+            source = replace(self._source, images=cast(ImageSource, _Watched(images, self._cells)))
             self._pass = _Pass(source, self._slots, self._setup.num_threads, command.epoch, self._sender)
         elif isinstance(command, Grant):
             assert self._pass is not None

@@ -55,7 +55,7 @@ class Ready:
 class Done:
     """From the process: a batch is prepared, its images in the slot.
 
-    `rows` int64 are the attempts' rows, in order; `notable` are those of their outcomes that say more than the row.
+    `rows` int64 are the attempts' rows, in order; `special` the outcomes that are not simply an image used, by place.
     """
 
     number: int
@@ -63,7 +63,7 @@ class Done:
     arrays: dict[str, NDArray[Any]]
     rest: PreparedBatch
     rows: NDArray[np.int64]
-    notable: dict[int, Outcome]
+    special: dict[int, Outcome]
 
     @classmethod
     def of(cls, number: int, prepared: PreparedBatch) -> "Done":
@@ -82,7 +82,7 @@ class Done:
 
     def prepared(self, images: torch.Tensor | None) -> PreparedBatch:
         """The batch again, with its images; None where every one was refused."""
-        outcomes = tuple(self.notable.get(place) or Outcome(row, None) for place, row in enumerate(self.rows.tolist()))
+        outcomes = tuple(self.special.get(place) or Outcome(row, None) for place, row in enumerate(self.rows.tolist()))
         if images is None:
             return replace(self.rest, outcomes=outcomes)
         tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}

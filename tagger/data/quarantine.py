@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from tagger.data.image_header import RefusedImage
 from tagger.data.scan import TRANSIENT_ERRORS, printable
-from tagger.errors import InputError
+from tagger.errors import DataFailureError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,6 @@ _REASONS = {
 _OPEN_FLAGS = os.O_RDONLY
 for _name in ("O_BINARY", "O_NONBLOCK", "O_CLOEXEC"):
     _OPEN_FLAGS |= vars(os).get(_name, 0)
-
-
-class StorageError(RuntimeError):
-    """Storage or memory that did not recover in time; no file is to blame."""
-
-
-class DataFailureError(InputError):
-    """More refused images than the budget allows."""
 
 
 class Clock:

@@ -101,7 +101,8 @@ class _State:
         self.source_block, self.source_sizes = share(source)
         self.board = board_of(slots.block, num_processes)
         self.seats = [_Seat(number) for number in range(num_processes)]
-        self.current: Begin | None = None
+        self.epoch: int | None = None
+        self.known_bad = KnownBad()
         self.answers: dict[int, Done | Failed] = {}
         # Slots of the pass before, free when no process writes to one any more.
         self.abandoned: list[int] = []
@@ -142,8 +143,8 @@ class _State:
         seat.threads = [listening, reading]
         reading.start()
         listening.start()
-        if self.current is not None:
-            self.tell(seat, self.current)
+        if self.epoch is not None:
+            self.tell(seat, Begin(self.epoch, self.known_bad))
             for grant in seat.owed:
                 self.tell(seat, grant)
 
@@ -258,7 +259,7 @@ class LoaderRing:
     @property
     def busy(self) -> bool:
         """Whether a pass is open; there is one at a time."""
-        return self._state.current is not None
+        return self._state.epoch is not None
 
     @property
     def process_ids(self) -> tuple[int, ...]:
@@ -266,19 +267,16 @@ class LoaderRing:
         return tuple(seat.child.process.pid for seat in self._state.seats if seat.child is not None)
 
     def begin(self, epoch: int, spans: Iterator[Span], known_bad: KnownBad) -> "RingPass":
-        """A pass over the batches of an epoch given by their samples (start, stop).
-
-        `known_bad` takes the place of what the source knew of broken files when the ring was made.
-        """
+        """A pass over the batches of an epoch given by their samples (start, stop); `known_bad` files are not read."""
         assert not self.busy, "a pass is open"
         state = self._state
         with state.lock:
             state.finish_ending()
             if state.failure is not None:
                 raise state.failure
-            state.current = Begin(epoch, known_bad)
+            state.epoch, state.known_bad = epoch, known_bad
             for seat in state.seats:
-                state.tell(seat, state.current)
+                state.tell(seat, Begin(epoch, known_bad))
         return RingPass(self._state, spans, self._max_in_flight)
 
     def close(self) -> None:
@@ -375,7 +373,7 @@ class RingPass:
             if not self._open:
                 return
             self._open = False
-            state.current = None
+            state.epoch = None
             state.abandoned += self._slot_of.values()
             self._slot_of.clear()
             for seat in state.seats:

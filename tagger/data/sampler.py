@@ -63,20 +63,33 @@ class RowSampler:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def scheme(self) -> int:
+        """0 where an epoch serves every row once; else a hash, 1 .. 2**53 - 1, of how it draws them instead."""
+        return 0
+
     def rows_at(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """int64 [stop - start]: the rows at positions start .. stop - 1 of an epoch."""
         positions = np.arange(start, stop, dtype=np.int64)
         if self.seed is not None:
             positions = Permutation(len(self), mix(_ORDER_STREAM, self.seed, epoch))(positions)
-        return self.rows[positions].astype(np.int64)
+        return self._take(positions)
 
     def reserve_row(self, epoch: int, position: int, attempt: int) -> int:
         """The row that stands in for a refused one.
 
         Keyed by (seed, epoch, position in the epoch, attempt); the position names batch and slot at any batch size.
         """
-        drawn = mix(_RESERVE_STREAM, self.seed or 0, epoch, position, attempt)
-        return int(self.rows[drawn % len(self)])
+        return int(self.reserve_rows(epoch, position, np.array([attempt]))[0])
+
+    def reserve_rows(self, epoch: int, position: int, attempts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [A]: `reserve_row` of each of the attempts, int64 [A]."""
+        drawn = mix(_RESERVE_STREAM, self.seed or 0, epoch, np.array([position]), attempts)
+        return self._take(drawn % np.uint64(len(self)))
+
+    def _take(self, places: NDArray[np.integer]) -> NDArray[np.int64]:
+        taken: NDArray[np.int64] = self.rows[places].astype(np.int64)
+        return taken
 
 
 def hash_rows(image_ids: NDArray[np.uint64], rows: NDArray[np.integer]) -> int:

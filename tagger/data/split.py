@@ -1,82 +1,259 @@
-"""Which rows are held out for validation: by a list of image names, or by a hash of the image's id.
+"""Which rows are for training, and which are held out: for validation, for calibration, for the final test.
 
-The hash knows nothing of the training seed or of the other images, so no image changes side when the set grows.
-Refuses splits with an empty side.
+By a hash of the image's id, which knows nothing of the training seed or of the other images, so no image changes part
+when the set grows; validation may be a list of names instead. Near-duplicates can be kept together, and small sets can
+be stratified. Refuses splits with an empty part that was asked for.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tagger.data.hash_cache import image_hashes
+from tagger.data.index import MetadataIndex
+from tagger.data.near_duplicates import NearDuplicates, find_near_duplicates
+from tagger.data.sidecar import RATINGS
+from tagger.data.stratify import stratified_parts
 from tagger.errors import InputError
 from tagger.rng import mix, stable_id, uniform
 
 logger = logging.getLogger(__name__)
 
 _SPLIT_STREAM = stable_id("split/validation")
+_CALIB_STARTS_AT = 0.5
+_HASH_CHUNK = 1 << 20
+_SPLIT_FORMAT = "tagsmith split 1"
 
 
 class SplitError(InputError):
     """A split that cannot be used; the message says what to change."""
 
 
+class Part(IntEnum):
+    """What a row is for. Where near-duplicates differ, the highest of their parts takes them all.
+
+    CALIB is for fitting thresholds, TEST for the one score at the end, VAL for watching training and choosing from it.
+    """
+
+    TRAIN = 0
+    CALIB = 1
+    TEST = 2
+    VAL = 3
+
+    @property
+    def purpose(self) -> str:
+        """The part in words, for messages."""
+        return ("training", "calibration", "test", "validation")[self]
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How a data set is split.
+
+    The fractions are of all images; with `val_list`, a file of image names, `val_fraction` is not used and the other
+    two are of the images that the list leaves. near_duplicate_bits: near-duplicates within that distance share a part
+    (None: each image by itself). stratified: by `stratified_parts` instead of by hash.
+    """
+
+    val_fraction: float
+    calib_fraction: float = 0.0
+    test_fraction: float = 0.0
+    val_list: Path | None = None
+    near_duplicate_bits: int | None = None
+    stratified: bool = False
+
+
 @dataclass(frozen=True)
 class Split:
-    """validation: bool [N], true where a row is held out. Every other row is for training."""
+    """parts: uint8 [N], the `Part` of each row. image_ids: uint64 [N], `stable_id` of each stem."""
 
-    validation: NDArray[np.bool_]
+    parts: NDArray[np.uint8]
+    image_ids: NDArray[np.uint64]
+
+    def rows(self, part: Part) -> NDArray[np.integer]:
+        """The rows of a part, ascending."""
+        # Four bytes a row where they suffice: at ten million rows the order of an epoch is made from this array.
+        dtype = np.int32 if len(self.parts) <= np.iinfo(np.int32).max else np.int64
+        return np.flatnonzero(self.parts == part).astype(dtype)
+
+    def others(self, part: Part) -> NDArray[np.bool_]:
+        """bool [N]: the rows that whoever serves `part` must never serve."""
+        rows: NDArray[np.bool_] = self.parts != part
+        return rows
 
     @property
     def training_rows(self) -> NDArray[np.integer]:
-        return self._rows(~self.validation)
+        return self.rows(Part.TRAIN)
 
     @property
     def validation_rows(self) -> NDArray[np.integer]:
-        return self._rows(self.validation)
+        return self.rows(Part.VAL)
 
-    @staticmethod
-    def _rows(mask: NDArray[np.bool_]) -> NDArray[np.integer]:
-        # Four bytes a row where they suffice: at ten million rows the order of an epoch is made from this array.
-        dtype = np.int32 if len(mask) <= np.iinfo(np.int32).max else np.int64
-        return np.flatnonzero(mask).astype(dtype)
+    def part_sha256(self, part: Part) -> str:
+        """Hash of which images are in a part, whatever their order; it stays when only other parts change."""
+        ids = np.sort(self.image_ids[self.parts == part]).astype("<u8")
+        return hashlib.sha256(f"{_SPLIT_FORMAT} {part.name} {len(ids)}\0".encode() + ids.tobytes()).hexdigest()
+
+    @cached_property
+    def split_sha256(self) -> str:
+        """Hash of which images are in which part. Images of one stem count as the same image."""
+        return hashlib.sha256("".join(self.part_sha256(part) for part in Part).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """One line for people: images in each part that has any, and the split's hash."""
+        counts = np.bincount(self.parts, minlength=len(Part))
+        listed = [f"{counts[part]} images for {part.purpose}" for part in (Part.TRAIN, Part.VAL, Part.CALIB, Part.TEST)]
+        kept = [text for text in listed if not text.startswith("0 ")]
+        return f"{', '.join(kept)}; split {self.split_sha256[:12]}"
 
 
-def split_rows(
-    image_ids: NDArray[np.uint64],
-    image_path: Callable[[int], PurePath],
-    *,
-    val_list: Path | None,
-    val_fraction: float,
+def split_index(
+    index: MetadataIndex, rule: SplitRule, *, max_pixels: int = 200_000_000, num_threads: int | None = None
 ) -> Split:
-    """Split rows by `val_list` where there is one, else by hash.
+    """Split the rows of an index by a rule. Raises SplitError for one that cannot be used.
+
+    With near-duplicates, every image is read at the first start; max_pixels and num_threads are for that.
+    """
+    if rule.stratified and (rule.val_list is not None or rule.near_duplicate_bits is not None):
+        other = "data.val_list" if rule.val_list is not None else "data.group_near_duplicates"
+        raise SplitError(f"data.stratified_split and {other} decide about the same images; choose one of them")
+    if rule.stratified:
+        parts = _stratify(index, rule)
+        return _checked(Split(parts, index.image_ids), rule)
+    split = split_rows(index.image_ids, index.image_path, rule)
+    if rule.near_duplicate_bits is None:
+        return split
+    hashes = image_hashes(index, max_pixels=max_pixels, num_threads=num_threads)
+    found = find_near_duplicates(hashes.hashes, hashes.usable, rule.near_duplicate_bits)
+    grouped = Split(join_groups(split.parts, found.labels), index.image_ids)
+    _report_groups(split.parts, grouped.parts, found)
+    return _checked(grouped, rule)
+
+
+def split_rows(image_ids: NDArray[np.uint64], image_path: Callable[[int], PurePath], rule: SplitRule) -> Split:
+    """Split rows by the rule's list and by hash, each image by itself.
 
     image_ids: uint64 [N], `stable_id` of each stem. image_path: row -> path of the image.
-    Raises SplitError when the list cannot be read or one side is empty.
+    Raises SplitError when the list cannot be read or a part is empty.
     """
-    if val_list is None:
-        validation = hashed_mask(image_ids, val_fraction)
-        chosen = f"data.val_fraction={val_fraction} of {len(image_ids)} images"
+    if rule.val_list is None:
+        parts = hashed_parts(image_ids, rule.val_fraction, rule.calib_fraction, rule.test_fraction)
+    else:
+        parts = hashed_parts(image_ids, 0.0, rule.calib_fraction, rule.test_fraction)
+        parts[listed_mask(image_ids, image_path, read_list(rule.val_list), str(rule.val_list))] = Part.VAL
+    return _checked(Split(parts, image_ids), rule)
+
+
+def hashed_parts(
+    image_ids: NDArray[np.uint64], val_fraction: float, calib_fraction: float = 0.0, test_fraction: float = 0.0
+) -> NDArray[np.uint8]:
+    """uint8 [N]: the `Part` of each id, which depends on nothing but the id and the fractions.
+
+    One number in 0 .. 1 an id: VAL grows up from 0, TEST down from 1, CALIB up from 0.5. So a larger fraction takes
+    images from TRAIN alone, and a smaller one gives them back to it alone.
+    """
+    check_fractions(val_fraction, calib_fraction, test_fraction)
+    parts = np.full(len(image_ids), Part.TRAIN, dtype=np.uint8)
+    for start in range(0, len(image_ids), _HASH_CHUNK):  # the temporaries take 40 bytes a row
+        chunk = slice(start, start + _HASH_CHUNK)
+        place = uniform(mix(_SPLIT_STREAM, image_ids[chunk]))
+        parts[chunk][(place >= _CALIB_STARTS_AT) & (place < _CALIB_STARTS_AT + calib_fraction)] = Part.CALIB
+        parts[chunk][place >= 1.0 - test_fraction] = Part.TEST
+        parts[chunk][place < val_fraction] = Part.VAL
+    return parts
+
+
+def check_fractions(val_fraction: float, calib_fraction: float, test_fraction: float) -> None:
+    """Raises SplitError for fractions whose parts would overlap as they grow."""
+    others = calib_fraction + test_fraction
+    if min(val_fraction, calib_fraction, test_fraction) < 0 or val_fraction > 1 or others > 1 - _CALIB_STARTS_AT:
+        raise SplitError(
+            f"data.calib_fraction={calib_fraction} and data.test_fraction={test_fraction} are not two shares of at "
+            "most 0.5 together; lower one of them"
+        )
+    if others and val_fraction > _CALIB_STARTS_AT:
+        raise SplitError(
+            f"data.val_fraction={val_fraction} is over 0.5, which leaves no place for calibration or test images; "
+            "lower it, or set data.calib_fraction=0 and data.test_fraction=0"
+        )
+
+
+def join_groups(parts: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8 [N]: each row gets the highest `Part` in its group. labels: int64 [N], a row number for each group.
+
+    So nothing that was held out is ever trained on as the set grows. A newcomer can only join groups, and move its
+    group out of TRAIN (or from CALIB to TEST, or to VAL), never into TRAIN. The price: groups are held out more often
+    than single images.
+    """
+    highest = parts.copy()
+    np.maximum.at(highest, labels, parts)
+    return highest[labels]
+
+
+def _stratify(index: MetadataIndex, rule: SplitRule) -> NDArray[np.uint8]:
+    """Ratings count as tags, as they do in training."""
+    check_fractions(rule.val_fraction, rule.calib_fraction, rule.test_fraction)
+    num_tags = len(index.tag_names)
+    rated = index.ratings > 0
+    offsets = index.tag_offsets + np.concatenate([[0], np.cumsum(rated)])
+    tags = np.empty(int(offsets[-1]), dtype=np.int64)
+    last = offsets[1:][rated] - 1
+    tags[last] = num_tags + index.ratings[rated].astype(np.int64) - 1
+    others = np.ones(len(tags), dtype=np.bool_)
+    others[last] = False
+    tags[others] = index.tag_ids
+    assert tags.max(initial=0) < num_tags + len(RATINGS)
+    held_out = {Part.VAL: rule.val_fraction, Part.CALIB: rule.calib_fraction, Part.TEST: rule.test_fraction}
+    fractions = [1.0 - sum(held_out.values()), *(held_out[part] for part in Part if part is not Part.TRAIN)]
+    return stratified_parts(offsets, tags, index.image_ids, fractions)
+
+
+def _checked(split: Split, rule: SplitRule) -> Split:
+    """The split, where each part that was asked for has an image."""
+    if rule.val_list is None:
+        chosen = f"data.val_fraction={rule.val_fraction} of {len(split.parts)} images"
         more, fewer = "raise data.val_fraction or add images", "lower data.val_fraction or add images"
     else:
-        validation = listed_mask(image_ids, image_path, read_list(val_list), str(val_list))
-        chosen = f"data.val_list={val_list} with {len(image_ids)} images"
+        chosen = f"data.val_list={rule.val_list} with {len(split.parts)} images"
         more = "write one image name without its suffix per line, or leave data.val_list out to split by hash"
         fewer = "take names out of the list, or leave data.val_list out to split by hash"
-    split = Split(validation)
-    if not validation.any():
+    found = np.bincount(split.parts, minlength=len(Part))
+    if not found[Part.VAL]:
         raise SplitError(f"{chosen} leaves no image for validation; {more}")
-    if validation.all():
+    if not found[Part.TRAIN]:
         raise SplitError(f"{chosen} leaves no image for training; {fewer}")
+    for part, name, fraction in (
+        (Part.CALIB, "calib_fraction", rule.calib_fraction),
+        (Part.TEST, "test_fraction", rule.test_fraction),
+    ):
+        if fraction and not found[part]:
+            raise SplitError(
+                f"data.{name}={fraction} of {len(split.parts)} images leaves no image for {part.purpose}; "
+                f"raise it, or set it to 0"
+            )
     return split
 
 
-def hashed_mask(image_ids: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
-    """bool [N]: true for about `fraction` of the ids; an id's side depends on nothing else."""
-    return uniform(mix(_SPLIT_STREAM, image_ids)) < fraction
+def _report_groups(before: NDArray[np.uint8], after: NDArray[np.uint8], found: NearDuplicates) -> None:
+    sizes = np.bincount(found.labels, minlength=len(found.labels))
+    moved, held_out = int((before != after).sum()), int((after != Part.TRAIN).sum())
+    logger.info(
+        "near-duplicates: %d groups of %d images, the largest of %d; %d images follow their group out of their part",
+        int((sizes > 1).sum()), int(sizes[sizes > 1].sum()), int(sizes.max()), moved,
+    )  # fmt: skip
+    if held_out > 2 * int((before != Part.TRAIN).sum()):
+        logger.warning(
+            "near-duplicates: %d of %d images are held out, more than twice what the fractions say; "
+            "lower data.near_duplicate_bits or the fractions, or name whole groups in data.val_list",
+            held_out, len(after),
+        )  # fmt: skip
 
 
 def listed_mask(

@@ -19,10 +19,11 @@ import torch
 
 from dataset_loader import DataLoader, Position
 from tagger.batch import Batch
-from tagger.data import batch_job
+from tagger.data import batch_job, image_reader
 from tagger.data.decode import describe_decoder
-from tagger.data.quarantine import Clock, FailureBudget, FileFacts, StorageError, read_with_facts
+from tagger.data.quarantine import Clock, FailureBudget, FileFacts, read_with_facts
 from tagger.data.quarantine_log import Quarantine
+from tagger.errors import StorageError
 from tests.tiny_dataset import assert_same, draw, epoch_of, loaders, path_of, rows_of, write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ def test_a_tenth_of_reads_failing_for_a_while_loses_nothing(
             raise OSError(errno.EIO, "Input/output error")
         return read_with_facts(*args)
 
-    monkeypatch.setattr(batch_job, "read_with_facts", flaky)
+    monkeypatch.setattr(image_reader, "read_with_facts", flaky)
     log = tmp_path / "quarantine.jsonl"
     disturbed = with_clock(with_log(train, log), clock)
     for epoch, batches in enumerate(expected):
@@ -112,7 +113,7 @@ def test_an_outage_of_five_minutes_stops_the_run_and_blames_no_file(
     def dead(*_: Any) -> tuple[bytes, FileFacts]:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(batch_job, "read_with_facts", dead)
+    monkeypatch.setattr(image_reader, "read_with_facts", dead)
     log = tmp_path / "quarantine.jsonl"
     disturbed = with_clock(with_log(train, log), clock)
     with pytest.raises(StorageError, match=r"Input/output error, still after 30\d s; check the disk"):
@@ -158,7 +159,7 @@ def test_a_file_that_breaks_during_a_run_is_the_only_one_lost(
         if row != victim:
             assert torch.equal(found[row], image)
     assert set(rows_of(batches)) >= set(train._source.sampler.rows.tolist()) - {victim}
-    assert train._quarantine.num_files == recorded
+    assert train.ledger.num_quarantined == recorded
     assert all(len(batch) == 8 for batch, _ in batches)
 
 
@@ -173,7 +174,7 @@ def test_a_batch_is_the_same_whether_a_file_is_known_bad_or_found_so(root: Path,
     if known:
         for _ in range(3):
             epoch_of(other, 5)
-        assert other._quarantine.num_files >= 5
+        assert other.ledger.num_quarantined >= 5
         other = with_log(train, tmp_path / "known.jsonl")  # as after a resume
     assert_same(epoch_of(other, 5), expected)
     assert [r.reason for r in other.refusals] == [r.reason for r in fresh.refusals]
@@ -189,7 +190,7 @@ def test_a_known_bad_file_is_not_read_again_until_it_changes(
     truncate(path_of(train, row))
     for _ in range(2):
         epoch_of(train, 0)
-    assert train._quarantine.num_files == 1
+    assert train.ledger.num_quarantined == 1
     decoded: list[int] = []
     real = batch_job.decode
 
@@ -202,7 +203,7 @@ def test_a_known_bad_file_is_not_read_again_until_it_changes(
     assert 90 not in decoded
     path_of(train, row).write_bytes(good)
     assert rows_of(epoch_of(train, 0))[0] == row
-    assert train._quarantine.num_files == 0
+    assert train.ledger.num_quarantined == 0
     assert json.loads(log.read_bytes().splitlines()[-1])["cleared"] is True
 
 
@@ -238,10 +239,10 @@ def test_partial_images_are_used_and_counted_where_they_are_allowed(root: Path) 
     content = path_of(train, row).read_bytes()
     path_of(train, row).write_bytes(content[: len(content) * 9 // 10])
     assert row in rows_of(epoch_of(train, 0))
-    assert train.partial == (str(path_of(train, row)),) and train.refused == 0
+    assert train.ledger.partial == (str(path_of(train, row)),) and train.refused == 0
     strict, _, _ = loaders(root)
     assert row not in rows_of(epoch_of(strict, 0))
-    assert strict.partial == () and strict.refused == 1
+    assert strict.ledger.partial == () and strict.refused == 1
 
 
 NOBODY = 65534
@@ -275,7 +276,7 @@ reasons = sorted(refusal.reason for refusal in train.refusals)
 for row in (locked, inside):
     path_of(train, row).chmod(0o644)
 assert rows_of(epoch_of(train, 0)) == planned
-print(*reasons, train._quarantine.num_files)
+print(*reasons, train.ledger.num_quarantined)
 """
 
 

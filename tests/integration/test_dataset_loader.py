@@ -16,14 +16,16 @@ from dataset_loader import (
     DataLoader,
     DatasetLoader,
     LoadOptions,
-    PositionError,
     SidecarJsonDataset,
     create_dataloaders,
+    split_dataset,
 )
-from tagger.data import batch_job
+from tagger.data import image_reader
 from tagger.data.decode import decode_image
-from tagger.data.quarantine import DataFailureError, FailureBudget, FileFacts, read_with_facts
-from tagger.data.split import SplitError
+from tagger.data.position import PositionError
+from tagger.data.quarantine import FailureBudget, FileFacts, read_with_facts
+from tagger.data.split import Part, SplitError
+from tagger.errors import DataFailureError
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, epoch_of, loaders, path_of, rows_of, write_dataset
 
@@ -312,7 +314,7 @@ def test_transient_errors_are_waited_out_and_blamed_on_nobody(root: Path, monkey
             raise OSError((errno.EIO, errno.ESTALE, errno.EMFILE)[failures % 3], "injected")
         return read_with_facts(path, *args)
 
-    monkeypatch.setattr(batch_job, "read_with_facts", flaky)
+    monkeypatch.setattr(image_reader, "read_with_facts", flaky)
     assert_same(epoch_of(train), expected)
     assert failures > 5
     assert train.refused == 0
@@ -356,6 +358,20 @@ def test_a_validation_list_is_followed_whatever_the_seed(root: Path, tmp_path: P
     for seed in (1, 2):
         _, validation, _ = loaders(root, data__val_list=str(val_list), training__seed=seed)
         assert [path_of(validation, row).stem for row in rows_of(epoch_of(validation))] == ["img010", "img003"]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_calibration_and_test_images_are_served_to_neither_loader(root: Path, grouped: bool) -> None:
+    settings = {"data__calib_fraction": 0.2, "data__test_fraction": 0.2, "data__group_near_duplicates": grouped}
+    train, validation, _ = loaders(root, training__batch_size=4, **settings)
+    split = split_dataset(configure(root, **settings).data, train.dataset.index)
+    served = set(rows_of(epoch_of(train))) | set(rows_of(epoch_of(train, 1)))
+    assert served == set(split.training_rows.tolist())
+    assert rows_of(epoch_of(validation)) == split.validation_rows.tolist()
+    held_out = np.concatenate([split.rows(Part.CALIB), split.rows(Part.TEST)])
+    assert len(held_out) > 10 and not served & set(held_out.tolist())
+    with pytest.raises(ValueError, match="held out"):
+        DataLoader(train.dataset, held_out, 4, train.options, held_out=split.others(Part.TRAIN))
 
 
 def test_an_empty_side_says_what_to_change(root: Path) -> None:

@@ -19,8 +19,8 @@ import torch
 from dataset_loader import DataLoader, Position
 from tagger.batch import Batch
 from tagger.data import ring
-from tagger.data.quarantine import DataFailureError, StorageError
 from tagger.data.ring import LoaderProcessError, LoaderTraceback
+from tagger.errors import DataFailureError, StorageError
 from tests.faulty_images import FaultyImages
 from tests.tiny_dataset import assert_same, epoch_of, loaders, path_of, rows_of, write_dataset
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import start_up
 import train_direct
 import validation_loop
 from scripts import predict
@@ -242,15 +243,15 @@ def test_a_loss_that_is_no_number_ends_as_diverged(
 ) -> None:
     real = train_direct.train_step
 
-    def broken(parts: train_direct.Parts, window: train_direct.Window) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, norm = real(parts, window)
-        return (loss * float("nan"), norm) if parts.state.step == 6 else (loss, norm)
+    def broken(parts: start_up.Parts, window: train_direct.Window) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss, norm, _ = real(parts, window)
+        return loss, norm, torch.tensor(parts.state.step >= 6)
 
     monkeypatch.setattr(train_direct, "train_step", broken)
-    assert train_direct.main(arguments(images, tmp_path, "nan")) == 1
-    assert "ERROR: " in capsys.readouterr().err
+    assert train_direct.main(arguments(images, tmp_path, "nan")) == 4
+    assert "ERROR: 4 updates in a row were not finite" in capsys.readouterr().err
     results = results_of(tmp_path / "nan")
-    assert results["status"] == "diverged" and "nan" in str(results["error"])
+    assert (results["status"], results["exit_code"]) == ("diverged", 4)
     assert "Traceback" in (tmp_path / "nan" / "train.log").read_text(encoding="utf-8")
 
 

@@ -56,6 +56,10 @@ def test_run_is_named_after_its_recipe(recipe: Path) -> None:
         ("training.device=tpu", "expected one of"),
         ("data.image_size=450", "data.image_size=450 is not a multiple of model.patch_size=16; use 448 or 464"),
         ("data.background=[1,2]", "three numbers"),
+        ("data.sampling=balanced", "data.sampling"),
+        ("data.sampling_cap=0.5", "data.sampling_cap=0.5 is below 1"),
+        ("data.sampling_power=-1", "data.sampling_power=-1.0 is below 0"),
+        ("data.fit=stretch", "data.fit"),
         ("data.val_fraction=1", "data.val_fraction=1.0 is not between 0 and 1"),
         ("data.roots=here", "data.roots"),
         ("augment.rotation.probability=3", "augment.rotation.probability=3.0 is not between 0 and 1"),
@@ -77,6 +81,11 @@ def test_a_wrong_setting_gives_one_line_that_names_it(recipe: Path, word: str, m
 def test_settings_that_exclude_each_other_are_refused(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"vocabulary\.ratings is 'ignore'"):
         load_config(recipe, ["loss.rating_weight=1", "vocabulary.ratings=ignore"], {})
+    with pytest.raises(
+        ConfigError, match=r"at least 3 patches a side; data\.image_size=32 has 2.*image_size=48 or more"
+    ):
+        load_config(recipe, ["data.fit=buckets", "data.image_size=32"], {})
+    assert load_config(recipe, ["data.fit=buckets", "data.image_size=48"], {}).data.fit == "buckets"
     with pytest.raises(ConfigError, match="never acts"):
         load_config(recipe, ["training.early_stopping_patience=7"], {})
 
@@ -142,6 +151,8 @@ def test_paths_that_are_not_there_are_named(recipe: Path, tmp_path: Path) -> Non
         check_paths(load_config(recipe, environment={}))
     with pytest.raises(ConfigError, match=r"data.roots: .*absent is not a folder"):
         check_paths(load_config(recipe, [f"data.roots=[{tmp_path}/absent]"], {}))
+    with pytest.raises(ConfigError, match=r"data.cache_dir: .*absent is not a folder .*scripts.build_cache"):
+        check_paths(load_config(recipe, [f"data.roots=[{tmp_path}]", f"data.cache_dir={tmp_path}/absent"], {}))
     with pytest.raises(ConfigError, match=r"vocabulary.file: .*none.json is not a file"):
         check_paths(load_config(recipe, [f"data.roots=[{tmp_path}]", f"vocabulary.file={tmp_path}/none.json"], {}))
 

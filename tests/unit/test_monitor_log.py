@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class FewSamples:
-    images: torch.Tensor
+    images: tuple[torch.Tensor, ...]
     logits: torch.Tensor
     tags: tuple[tuple[int, ...], ...]
 
@@ -114,7 +114,7 @@ def test_the_tracker_loses_nothing_between_threads() -> None:
 
 def test_samples_and_histogram_reach_tensorboard(folder: RunFolder) -> None:
     images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    samples = FewSamples(images, torch.randn(12, 3), ((0,), (1, 2), ()) * 4)
+    samples = FewSamples(tuple(images), torch.randn(12, 3), ((0,), (1, 2), ()) * 4)
     with open_monitor(folder, sample_images=4) as monitor:
         monitor.log_predictions("val/samples", samples, ("cat", "dog", "tree"), 0.5, 30)
         monitor.log_histogram("val/average_precision", torch.tensor([0.1, torch.nan, 0.9]), 30)
@@ -128,7 +128,7 @@ def test_samples_and_histogram_reach_tensorboard(folder: RunFolder) -> None:
 
 def test_no_sample_is_drawn_where_nothing_shows_it(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("Monitor_log.draw_sheet", lambda *_: pytest.fail("drawn"))
-    samples = FewSamples(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 2), ((0,),))
+    samples = FewSamples((torch.zeros(3, 8, 8, dtype=torch.uint8),), torch.zeros(1, 2), ((0,),))
     with open_monitor(folder, tensorboard=False) as monitor:
         monitor.log_predictions("val/samples", samples, ("cat", "dog"), 0.5, 30)
 

@@ -1,5 +1,6 @@
 """Predicting takes training's own path to the same scores, whatever the batch; the command says what failed."""
 
+import dataclasses
 import json
 import os
 import re
@@ -113,6 +114,30 @@ def test_batched_predictions_equal_single_ones(tmp_path: Path, artifact: Artifac
         batched = [all_scores(p) for p in tagger_of(artifact, batch_size).predict(paths, threshold=0.0)]
         for one, other in zip(single, batched, strict=True):
             assert other == pytest.approx(one, abs=1e-5)
+
+
+def test_images_of_one_bucket_go_together_and_come_back_in_order(tmp_path: Path, artifact: Artifact) -> None:
+    bucketed = dataclasses.replace(artifact, preprocess=Preprocess.create(32, "buckets", 8))
+    paths = write_images(tmp_path, 30)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    paths.insert(4, broken)
+    single = [next(iter(tagger_of(bucketed, 1).predict([path], threshold=0.0))) for path in paths]
+    assert len({one.image.shape for one in single if isinstance(one, Prediction)}) == 3
+    for batch_size in (1, 2, 5, 64):
+        tagger = tagger_of(bucketed, batch_size)
+        sizes: list[int] = []
+        tagger._model.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
+        found = list(tagger.predict(paths, threshold=0.0))
+        assert [outcome.path for outcome in found] == paths
+        assert isinstance(found[4], Unreadable)
+        for one, other in zip(single, found, strict=True):
+            if one.path != broken:
+                assert isinstance(one, Prediction) and isinstance(other, Prediction)
+                assert torch.equal(one.image, other.image)
+                assert all_scores(other) == pytest.approx(all_scores(one), abs=1e-5)
+        assert sum(sizes) == 30 and max(sizes) <= batch_size
+        assert batch_size < 64 or len(sizes) == 3
 
 
 def test_threshold_and_top_choose_the_tags(tmp_path: Path, artifact: Artifact) -> None:

@@ -87,6 +87,64 @@ def test_an_image_of_the_right_size_is_not_resampled() -> None:
     np.testing.assert_array_equal(square.permute(1, 2, 0).numpy(), image)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.booleans())
+def test_mirroring_a_bucket_is_mirroring_the_content(height: int, width: int, elsewhere: bool) -> None:
+    preprocess = Preprocess.create(35, "buckets", 5, MAGENTA)
+    image = picture(height, width)
+    shape = preprocess.shapes[0] if elsewhere else preprocess.shape_of(height, width)
+    plain, mirrored = np.empty((3, *shape), np.uint8), np.empty((3, *shape), np.uint8)
+    size = preprocess.apply_into(image, plain)
+    assert size == preprocess.apply_into(image, mirrored, mirror=True) == preprocess.content_size(height, width, shape)
+    np.testing.assert_array_equal(plain[:, :, ::-1], mirrored)
+    if not elsewhere:
+        alone, alone_size = preprocess.apply(image)
+        np.testing.assert_array_equal(alone.numpy(), plain)
+        assert alone_size == size
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([224, 384, 448]))
+def test_a_bucket_is_filled_or_one_side_is_and_nothing_is_stretched_by_more_than_5_percent(
+    height: int, width: int, image_size: int
+) -> None:
+    preprocess = Preprocess.create(image_size, "buckets", 16)
+    shape = preprocess.shape_of(height, width)
+    found = preprocess.content_size(height, width)
+    assert all(1 <= length <= side and (side - length) % 2 == 0 for length, side in zip(found, shape, strict=True))
+    assert found[0] == shape[0] or found[1] == shape[1]
+    down, across = found[0] / height, found[1] / width
+    pixel = 1.0 / (min(found) - 1) if min(found) > 2 else np.inf  # rounding to the parity moves it by one at most
+    assert min(down, across) / max(down, across) >= 0.95 / (1 + pixel)
+
+
+def test_a_bucketed_image_is_pillows_bicubic_of_the_whole_image() -> None:
+    image = picture(300, 410)
+    preprocess = Preprocess.create(112, "buckets", 16)
+    content, size = preprocess.apply(image)
+    assert tuple(content.shape[1:]) == size == preprocess.shape_of(300, 410) == (96, 128)
+    reference = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    assert np.abs(content.permute(1, 2, 0).numpy().astype(int) - reference.astype(int)).max() <= 1
+
+
+def test_an_image_beyond_every_bucket_is_kept_whole_between_bars() -> None:
+    preprocess = Preprocess.create(112, "buckets", 16, MAGENTA)
+    content, size = preprocess.apply(np.zeros((100, 1000, 3), np.uint8))
+    assert content.shape == (3, *preprocess.shapes[-1])
+    assert size[1] == content.shape[2]
+    assert size[0] == pytest.approx(size[1] * 0.1 / 0.95, abs=1)
+    top = (content.shape[1] - size[0]) // 2
+    assert (content[0, :top] == 255).all() and (content[:, top : top + size[0]] == 0).all()
+
+
+def test_buckets_round_trip_and_are_refused_by_older_programs(tmp_path: Path) -> None:
+    buckets = Preprocess.create(448, "buckets", 16, MAGENTA)
+    buckets.save(tmp_path / "preprocess.json")
+    assert Preprocess.load(tmp_path / "preprocess.json") == buckets
+    assert buckets.to_json()["format_version"] == 2  # refused by programs that letterbox everything
+    letterbox = Preprocess(image_size=448).to_json()
+    assert letterbox["fit"] == "letterbox" and "shapes" not in letterbox
+
+
 def test_json_round_trip_gives_an_equal_object(tmp_path: Path) -> None:
     preprocess = Preprocess(image_size=384, background=MAGENTA, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     assert Preprocess.from_json(preprocess.to_json()) == preprocess
@@ -108,6 +166,12 @@ def test_json_round_trip_gives_an_equal_object(tmp_path: Path) -> None:
         ({"fit": "stretch"}, "stretch"),
         ({"decode_scaling": "loose"}, "decode_scaling='loose'"),
         ({"decode_scaling": None}, "decode_scaling=None"),
+        ({"fit": "buckets"}, "shapes=None"),
+        ({"fit": "buckets", "shapes": []}, "shapes="),
+        ({"fit": "buckets", "shapes": [[32, 32, 3]]}, "pairs"),
+        ({"fit": "buckets", "shapes": [[32, 0]]}, "pairs"),
+        ({"fit": "buckets", "shapes": [[32, 48], [48, 32]]}, "from the tallest to the widest"),
+        ({"fit": "letterbox", "shapes": [[32, 32]]}, "fit='letterbox'"),
     ],
 )
 def test_a_specification_that_cannot_be_followed_is_refused(change: dict[str, object], message: str) -> None:

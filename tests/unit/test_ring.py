@@ -14,10 +14,11 @@ import torch
 from tagger.batch import Batch
 from tagger.data.batch_job import Outcome, PreparedBatch
 from tagger.data.messages import Done, Failed, Grant, Sender, received, share, shared
-from tagger.data.quarantine import DataFailureError, Refusal, StorageError
+from tagger.data.quarantine import Refusal
 from tagger.data.ring import default_num_processes
 from tagger.data.shared_block import SharedBlock
 from tagger.data.slots import SlotRing
+from tagger.errors import DataFailureError, StorageError
 from tests.faulty_images import OddError
 
 
@@ -85,7 +86,7 @@ def prepared_batch(num_images: int) -> PreparedBatch:
         valid_sizes=torch.ones((num_images, 2), dtype=torch.int32),
         mirrored=torch.zeros(num_images, dtype=torch.bool),
     )
-    refusal = Refusal("a/b.jpg", "truncated", "at byte 7")
+    refusal = Refusal("b.jpg", "truncated", "at byte 7")
     outcomes = (Outcome(3, None), Outcome(9, refusal), Outcome(4, None, partial=True))
     return PreparedBatch(batch, 5, outcomes)
 
@@ -106,11 +107,11 @@ def test_a_prepared_batch_travels_whole() -> None:
         assert torch.equal(vars(again.batch)[name], tensor) and vars(again.batch)[name].dtype == tensor.dtype
     assert again.num_vetoed == 5
     assert again.outcomes == original.outcomes
-    assert set(done.notable) == {1, 2}
+    assert set(done.special) == {1, 2}
 
 
 def test_a_batch_of_refused_images_alone_travels_without_images() -> None:
-    outcomes = (Outcome(3, Refusal("a/b.jpg", "missing")),)
+    outcomes = (Outcome(3, Refusal("a.jpg", "missing")),)
     done = sent(Done.of(0, PreparedBatch(None, 0, outcomes)))
     assert done.shape == ()
     again = done.prepared(None)

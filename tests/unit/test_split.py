@@ -6,11 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tagger.data.split import Split, SplitError, hashed_mask, listed_mask, read_list, split_rows
+from tagger.data.split import (
+    Part,
+    Split,
+    SplitError,
+    SplitRule,
+    hashed_parts,
+    join_groups,
+    listed_mask,
+    read_list,
+    split_rows,
+)
 from tagger.rng import stable_id
 
 PATHS = [PurePosixPath(f"/set/{folder}/{stem}.png") for folder in ("cats", "dogs") for stem in ("one", "two", "v1.5")]
 IDS = np.array([stable_id(path.name.removesuffix(".png")) for path in PATHS], dtype=np.uint64)
+MANY = np.array([stable_id(f"image {number}") for number in range(20_000)], dtype=np.uint64)
+
+ids_of = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50)
+fractions_of = st.tuples(st.floats(0, 0.5), st.floats(0, 0.25), st.floats(0, 0.25))
 
 
 def listed(*lines: str) -> list[str]:
@@ -18,28 +32,75 @@ def listed(*lines: str) -> list[str]:
     return [str(path.relative_to("/set")) for path, chosen in zip(PATHS, mask, strict=True) if chosen]
 
 
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50), st.integers(0, 49), st.floats(0.01, 0.99))
-def test_an_image_never_changes_side_when_the_set_grows(ids: list[int], kept: int, fraction: float) -> None:
+@given(ids_of, st.integers(0, 49), fractions_of)
+def test_an_image_never_changes_part_when_the_set_grows(
+    ids: list[int], kept: int, fractions: tuple[float, float, float]
+) -> None:
     whole = np.array(ids, dtype=np.uint64)
-    np.testing.assert_array_equal(hashed_mask(whole[: kept + 1], fraction), hashed_mask(whole, fraction)[: kept + 1])
+    before = hashed_parts(whole[: kept + 1], *fractions)
+    np.testing.assert_array_equal(before, hashed_parts(whole, *fractions)[: kept + 1])
 
 
-def test_the_hash_holds_out_about_the_fraction() -> None:
-    ids = np.array([stable_id(f"image {number}") for number in range(20_000)], dtype=np.uint64)
-    for fraction in (0.05, 0.15, 0.5):
-        share = hashed_mask(ids, fraction).mean()
-        assert abs(share - fraction) < 4 * np.sqrt(fraction * (1 - fraction) / len(ids))
+def test_each_part_gets_about_its_fraction() -> None:
+    for fractions in ((0.05, 0.02, 0.1), (0.5, 0.3, 0.2), (0.15, 0.0, 0.0)):
+        shares = np.bincount(hashed_parts(MANY, *fractions), minlength=len(Part)) / len(MANY)
+        for part, fraction in zip((Part.VAL, Part.CALIB, Part.TEST), fractions, strict=True):
+            assert abs(shares[part] - fraction) <= 4 * np.sqrt(fraction * (1 - fraction) / len(MANY))
 
 
-def test_a_larger_fraction_only_adds_to_validation() -> None:
-    ids = np.array([stable_id(f"{number}") for number in range(2000)], dtype=np.uint64)
-    assert not (hashed_mask(ids, 0.1) & ~hashed_mask(ids, 0.2)).any()
+@given(fractions_of, st.integers(0, 2), st.floats(0, 1))
+def test_another_fraction_moves_images_between_training_and_its_part_alone(
+    fractions: tuple[float, float, float], changed: int, share: float
+) -> None:
+    ids = MANY[:2000]
+    part = (Part.VAL, Part.CALIB, Part.TEST)[changed]
+    larger = list(fractions)
+    larger[changed] += share * ((0.5, 0.25, 0.25)[changed] - fractions[changed])
+    before, after = hashed_parts(ids, *fractions), hashed_parts(ids, *larger)
+    moved = before != after
+    assert (before[moved] == Part.TRAIN).all() and (after[moved] == part).all()
 
 
-def test_the_sides_of_the_hash_never_change_between_versions() -> None:
-    """Models are compared across versions on the same images. Print the left side to regenerate."""
+def test_the_parts_of_the_hash_never_change_between_versions() -> None:
+    """Models are compared across versions on the same images. Print the left sides to regenerate."""
     ids = np.array([stable_id(f"{number}") for number in range(100)], dtype=np.uint64)
-    assert np.flatnonzero(hashed_mask(ids, 0.1)).tolist() == [5, 24, 30, 33, 37, 46, 50, 61, 65, 87]
+    parts = hashed_parts(ids, 0.1, 0.05, 0.05)
+    assert np.flatnonzero(parts == Part.VAL).tolist() == [5, 24, 30, 33, 37, 46, 50, 61, 65, 87]
+    assert np.flatnonzero(parts == Part.CALIB).tolist() == [11, 42, 68, 73, 79, 81, 86]
+    assert np.flatnonzero(parts == Part.TEST).tolist() == [7, 15, 34, 38, 41, 60, 76, 77]
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.3, 0.3), (0.6, 0.1, 0.0), (0.6, 0.0, 0.1), (0.1, -0.1, 0.0)])
+def test_parts_that_would_overlap_are_refused(fractions: tuple[float, float, float]) -> None:
+    with pytest.raises(SplitError, match="lower"):
+        hashed_parts(IDS, *fractions)
+
+
+group_labels = st.lists(st.integers(0, 9), min_size=12, max_size=12)
+
+
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=12), group_labels)
+def test_a_group_has_one_part_and_what_was_held_out_stays_so(parts: list[int], groups: list[int]) -> None:
+    before = np.array(parts, dtype=np.uint8)
+    labels = np.array([groups.index(group) for group in groups])
+    after = join_groups(before, labels)
+    assert all(len(set(after[labels == label])) == 1 for label in labels)
+    assert (after >= before).all()
+    np.testing.assert_array_equal(join_groups(after, labels), after)
+
+
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=12), group_labels, st.integers(1, 12), st.data())
+def test_growth_never_moves_an_image_of_a_group_towards_training(
+    parts: list[int], groups: list[int], kept: int, data: st.DataObject
+) -> None:
+    """Newcomers may join groups and connect them, which is all that they can do to what was there."""
+    own = np.array(parts, dtype=np.uint8)
+    before_labels = np.array([groups.index(group) for group in groups])[:kept]
+    joined = [data.draw(st.integers(0, 3)) if number % 2 else number + 20 for number in range(10)]
+    wider = [joined[group] for group in groups]
+    after_labels = np.array([wider.index(group) for group in wider])
+    before = join_groups(own[:kept], before_labels)
+    assert (join_groups(own, after_labels)[:kept] >= before).all()
 
 
 def test_a_stem_holds_out_every_image_of_that_name() -> None:
@@ -99,10 +160,49 @@ def test_an_empty_side_is_refused_with_a_remedy(
         val_list = tmp_path / "val.txt"
         val_list.write_text("\n".join(lines))
     with pytest.raises(SplitError, match=message):
-        split_rows(IDS, PATHS.__getitem__, val_list=val_list, val_fraction=fraction)
+        split_rows(IDS, PATHS.__getitem__, SplitRule(fraction, val_list=val_list))
 
 
-def test_the_sides_are_disjoint_and_cover_every_row() -> None:
-    split = Split(np.array([False, True, False, True, True]))
-    assert split.training_rows.tolist() == [0, 2]
-    assert split.validation_rows.tolist() == [1, 3, 4]
+@pytest.mark.parametrize("name", ["calib_fraction", "test_fraction"])
+def test_a_part_that_was_asked_for_and_is_empty_is_refused(name: str) -> None:
+    with pytest.raises(SplitError, match=f"data.{name}=1e-09 of 20000 images leaves no image .* raise it"):
+        split_rows(MANY, PATHS.__getitem__, SplitRule(0.1, **{name: 1e-9}))
+
+
+@given(ids_of, st.lists(st.sampled_from(list(Part)), min_size=50, max_size=50))
+def test_the_parts_are_disjoint_and_cover_every_row(ids: list[int], chosen: list[Part]) -> None:
+    split = Split(np.array(chosen[: len(ids)], dtype=np.uint8), np.array(ids, dtype=np.uint64))
+    rows = np.concatenate([split.rows(part) for part in Part])
+    assert sorted(rows.tolist()) == list(range(len(ids)))
+    for part in Part:
+        assert not split.others(part)[split.rows(part)].any()
+        assert split.others(part).sum() == len(ids) - len(split.rows(part))
+
+
+def test_calibration_and_test_images_are_carved_from_what_a_list_leaves(tmp_path: Path) -> None:
+    paths = [PurePosixPath(f"/set/image {number}.png") for number in range(len(MANY))]
+    chosen = set(range(0, 2000, 3))
+    listing = tmp_path / "val.txt"
+    listing.write_text("\n".join(paths[number].stem for number in chosen))
+    rule = SplitRule(0.9, calib_fraction=0.1, test_fraction=0.05, val_list=listing)
+    split = split_rows(MANY, paths.__getitem__, rule)
+    assert set(split.validation_rows.tolist()) == chosen
+    by_hash = hashed_parts(MANY, 0.0, 0.1, 0.05)
+    rest = split.others(Part.VAL)
+    np.testing.assert_array_equal(split.parts[rest], by_hash[rest])
+    assert len(split.rows(Part.CALIB)) > 1500 and len(split.rows(Part.TEST)) > 700
+
+
+def test_the_hash_of_a_split_names_who_is_where_and_not_in_which_order() -> None:
+    split = Split(hashed_parts(MANY, 0.1, 0.1, 0.1), MANY)
+    order = np.random.default_rng(0).permutation(len(MANY))
+    assert Split(split.parts[order], MANY[order]).split_sha256 == split.split_sha256
+    moved = split.parts.copy()
+    moved[split.training_rows[0]] = Part.TEST
+    other = Split(moved, MANY)
+    assert other.split_sha256 != split.split_sha256
+    assert other.part_sha256(Part.VAL) == split.part_sha256(Part.VAL)
+    assert other.part_sha256(Part.TEST) != split.part_sha256(Part.TEST)
+    grown = Split(split.parts[:-1], MANY[:-1])
+    assert grown.split_sha256 != split.split_sha256
+    assert len(split.split_sha256) == 64 and split.split_sha256[:12] in split.describe()

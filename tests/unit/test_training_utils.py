@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     typing.cast(Tensor, model.head.weight.grad)[0, 0] = poison
-    norm = precision.step(optimizer, list(model.parameters()), 1.0)
+    norm, _ = precision.step(optimizer, list(model.parameters()), 1.0)
     assert not bool(torch.isfinite(norm)) and int(precision.nonfinite_steps) == 1
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
     assert all(torch.equal(state[k], v) for k, v in optimizer_tensors(optimizer, parameter_names(model)).items())
@@ -119,7 +119,7 @@ def test_clipping_equals_torchs(clip: float | None, fused: bool) -> None:
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             a.grad = torch.randn(a.shape, generator=generator)
             b.grad = a.grad.clone()
-        norm = precision.step(optimizer, list(ours.parameters()), clip)
+        norm, _ = precision.step(optimizer, list(ours.parameters()), clip)
         expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), float("inf") if clip is None else clip)
         assert torch.allclose(norm, expected)
         reference.step()

@@ -1,0 +1,152 @@
+"""Make or bring up to date the shrink cache of a data set: its images once at training size, in a few large files.
+
+Start it again after it was stopped or killed, or when images came or went: it goes on from what is committed. What
+cannot be decoded is left out and listed in refused.json with its reason; training reads such files themselves.
+"""
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from Configuration_System import FullConfig, load_config
+from dataset_loader import open_dataset
+from tagger.data.shrink_build import REFUSED, BuildOptions, BuildProgress, BuildReport, build_cache
+from tagger.data.shrink_cache import CacheError, CacheRecipe
+from tagger.errors import InputError, StorageError
+
+EXAMPLE = (
+    "example:\n  python -m scripts.build_cache configs/demo.yaml --folder .tagsmith/cache-448 --size 448\n"
+    "then train with data.cache_dir=.tagsmith/cache-448"
+)
+
+
+class _Bar:
+    """The progress of a build on the console."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self.progress.add_task("looking at the files", total=None, rate="")
+
+    def show(self, state: BuildProgress) -> None:
+        """Images done of those that were not in the cache, and how fast."""
+        done = state.made + state.linked + state.refused
+        speed = self.progress.tasks[0].speed
+        self.progress.update(
+            self._task,
+            description=f"shrinking ({state.refused:,} refused)" if state.refused else "shrinking",
+            total=state.total - state.current,
+            completed=done,
+            rate=f"{speed:,.0f} images/s" if speed else "",
+        )
+
+
+def _options(config: FullConfig, arguments: argparse.Namespace) -> BuildOptions:
+    red, green, blue = config.data.background
+    size = config.data.image_size if arguments.size is None else arguments.size
+    recipe = CacheRecipe(size, (red, green, blue), arguments.quality)
+    return BuildOptions(
+        recipe,
+        max_pixels=int(config.data.max_megapixels * 1_000_000),
+        form="loose" if arguments.loose else "tar",
+        shard_bytes=int(arguments.shard_mb * 1_000_000),
+        shard_images=arguments.shard_images,
+        num_workers=arguments.workers,
+        prune=arguments.prune,
+        verify=arguments.verify,
+    )
+
+
+def _lines(report: BuildReport, folder: Path) -> list[str]:
+    done = report.progress
+    lines = [
+        f"{folder}: {report.num_entries:,} copies, {report.num_bytes / 1e6:,.1f} MB; of {done.total:,} images "
+        f"{done.current:,} were there, {done.made:,} made, {done.linked:,} known by content, {done.refused:,} refused"
+    ]
+    if report.damaged:
+        lines.append(f"{report.damaged:,} damaged copies were dropped and made anew where their images are there")
+    if report.dropped:
+        lines.append(f"{report.dropped:,} copies of images that are no longer there were dropped")
+    for reason, count in Counter(item.reason for item in report.refused).most_common(5):
+        example = next(item.path for item in report.refused if item.reason == reason)
+        lines.append(f"refused, {reason}: {count:,} (for example {example})")
+    if report.refused:
+        lines.append(f"all of them: {folder / REFUSED}")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.build_cache",
+        description="Copy a data set's images once at training size, so that training decodes small files.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="RECIPE", help="a recipe that names the data set")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.roots=[/my/images]")
+    parser.add_argument("--folder", type=Path, help="where the cache is (default: data.cache_dir)")
+    parser.add_argument("--size", type=int, help="longest side of the copies, pixels (default: data.image_size)")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality (default: 95; colour is kept 4:4:4)")
+    parser.add_argument("--loose", action="store_true", help="folders of files instead of tar shards")
+    parser.add_argument("--shard-mb", type=float, default=1000, help="a shard is closed at this size (default: 1000)")
+    parser.add_argument("--shard-images", type=int, default=20_000, help="or with so many images (default: 20000)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: none beside this one)")
+    parser.add_argument("--prune", action="store_true", help="drop copies of images that are no longer in the data set")
+    parser.add_argument("--verify", action="store_true", help="check every copy first, and make damaged ones anew")
+    return parser
+
+
+def _build(arguments: argparse.Namespace, console: Console) -> tuple[BuildReport, Path]:
+    config = load_config(arguments.config, arguments.overrides)
+    folder = arguments.folder or (Path(config.data.cache_dir) if config.data.cache_dir is not None else None)
+    if folder is None:
+        raise CacheError("no folder for the cache; give --folder, for example --folder .tagsmith/cache")
+    options = _options(config, arguments)
+    index = open_dataset(config.data)
+    bar = _Bar(console)
+    with bar.progress:
+        show: Callable[[BuildProgress], None] = bar.show
+        return build_cache(folder, index, options, show), folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 bad input, 1 failed storage, 130 stopped by Ctrl-C; what is committed stays."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    console = Console(stderr=True)
+    try:
+        report, folder = _build(_parser().parse_intermixed_args(argv), console)
+    except InputError as error:
+        print(f"build_cache: {error}", file=sys.stderr)
+        return 2
+    except StorageError as error:
+        print(f"build_cache: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("build_cache: stopped; what is committed stays, start again to go on", file=sys.stderr)
+        return 130
+    print("\n".join(_lines(report, folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""From a configuration to the parts of a run: data, model, optimizer, state, and where its weights come from.
+
+Refuses, with InputError, what cannot be trained as asked, before anything is written that would have to be undone.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from Configuration_System import FullConfig, changed_settings
+from dataset_loader import DataLoader
+from model_architecture import SimplifiedTagger
+from Monitor_log import TrainingMonitor
+from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course
+from tagger.boundary import StepBoundary
+from tagger.config_io import digest, flat_values, save_yaml
+from tagger.data.augment import BatchAugment, Op
+from tagger.data.windows import windows_left
+from tagger.guard import UpdateGuard
+from tagger.meter import TrainingMeter
+from tagger.run_folder import RunFolder
+from tagger.stop import StopRequest
+from tagger.transfer import find_initial_weights, start_from
+from training_utils import (
+    CheckpointManager,
+    EarlyStopping,
+    ExponentialMovingAverage,
+    MixedPrecisionTrainer,
+    TrainState,
+    compile_model,
+    create_optimizer,
+    resolve_device,
+    seed_everything,
+)
+from validation_loop import Criterion, build_criterion, open_data_and_model
+from vocabulary import TagVocabulary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that the loop uses, built once."""
+
+    config: FullConfig
+    folder: RunFolder
+    device: torch.device
+    vocabulary: TagVocabulary
+    train_loader: DataLoader
+    validation_loader: DataLoader
+    model: SimplifiedTagger
+    parameters: tuple[torch.nn.Parameter, ...]
+    augment: BatchAugment
+    criterion: Criterion
+    schedule: Schedule
+    state: TrainState
+    boundary: StepBoundary
+    guard: UpdateGuard
+    meter: TrainingMeter
+    manager: CheckpointManager
+    monitor: TrainingMonitor
+    stop: StopRequest
+    total_steps: int
+
+
+def check(config: FullConfig) -> str:
+    """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing."""
+    vocabulary, train_loader, validation_loader, model = open_data_and_model(
+        config, config.run.folder / "vocabulary.json"
+    )
+    build_criterion(config, vocabulary)
+    device = resolve_device(config.training.device)
+    return (
+        f"ready: {train_loader.num_rows} training and {validation_loader.num_rows} validation images, "
+        f"{len(vocabulary)} tags, {model.num_parameters() / 1e6:.1f} M parameters on {device}"
+    )
+
+
+def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
+    """Everything that the loop needs, for a fresh run and for one that goes on."""
+    training = config.training
+    device = resolve_device(training.device)
+    seed_everything(training.seed)
+    vocabulary, train_loader, validation_loader, model = open_data_and_model(
+        config, folder.vocabulary_path, folder.quarantine_path
+    )
+    model.to(device)
+    state = TrainState(
+        model,
+        create_optimizer(config.optimizer, model),
+        MixedPrecisionTrainer(training.mixed_precision, device),
+        None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
+        EarlyStopping.from_config(training, config.checkpoint.best_metric),
+    )
+    manager = CheckpointManager(
+        folder.checkpoints_dir,
+        config.checkpoint.keep_last,
+        config.checkpoint.best_metric,
+        vocabulary_sha256=vocabulary.sha256,
+        config_sha256=digest(replace(config, checkpoint=replace(config.checkpoint, resume="none"))),
+    )
+    # Where the weights come from, the first that applies: 1. the checkpoint to resume from; 2. the weights of another
+    # run (checkpoint.init_from); 3. scratch.
+    resumed = config.checkpoint.resume != "none" and resume(config, folder, manager, state)
+    if not resumed and config.checkpoint.init_from is not None:
+        start_from(model, find_initial_weights(Path(config.checkpoint.init_from)), vocabulary.tags)
+        if state.ema is not None:
+            state.ema.reset()
+    left = windows_left(train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps)
+    saved = cast(dict[str, Any], state.extra)
+    course = plan_course(
+        Course(**saved["course"]) if resumed else None,
+        state.step,
+        state.samples_seen,
+        left,
+        training.batch_size * training.accumulation_steps,
+        config.checkpoint.on_schedule_change,
+    )
+    state.extra["course"] = asdict(course)
+    guard, meter = UpdateGuard(device), TrainingMeter()
+    if resumed:
+        guard.load_state_dict(saved["guard"])
+        meter.load_state_dict(saved["meter"], device)
+    save_yaml(config, folder.config_path)
+    vocabulary.save(folder.vocabulary_path)
+    compile_model(model, training.compile, device)
+    red, green, blue = config.data.background
+    operations = {name: op and Op(op.probability, op.strength) for name, op in vars(config.augment).items()}
+    return Parts(
+        config=config,
+        folder=folder,
+        device=device,
+        vocabulary=vocabulary,
+        train_loader=train_loader,
+        validation_loader=validation_loader,
+        model=model,
+        parameters=tuple(p for p in model.parameters() if p.requires_grad),
+        augment=BatchAugment(**operations, fill=(red, green, blue)),
+        criterion=build_criterion(config, vocabulary).to(device),
+        schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
+        state=state,
+        boundary=StepBoundary(model, device),
+        guard=guard,
+        meter=meter,
+        manager=manager,
+        monitor=TrainingMonitor(
+            config.monitor,
+            folder,
+            total_steps=state.step + left,
+            resume_step=state.step if resumed else None,
+            settings=flat_values(config),
+        ),
+        stop=stop,
+        total_steps=state.step + left,
+    )
+
+
+def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, state: TrainState) -> bool:
+    """Put the run's state back, saying from where and what has changed since; False where there is no checkpoint."""
+    for change in changed_settings(folder.config_path, config):
+        logger.warning("changed since this run last started: %s", change)
+    loaded = manager.load(config.checkpoint.resume)
+    if loaded is None:
+        logger.warning("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)
+        return False
+    state.restore(loaded)
+    logger.info("resumed from %s: step %d, epoch %d", loaded.path, state.step, state.epoch + 1)
+    return True

@@ -1,0 +1,314 @@
+"""A survey of a data set as one HTML file that needs no network and no script: figures, plots, examples.
+
+Needs the extra `report` (matplotlib draws, Jinja2 writes and escapes). Pictures of near-duplicates are shown as small
+copies, except of images that are rated above general.
+"""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image
+
+from tagger.data.decode import RefusedImage, decode_image
+from tagger.data.quarantine import read_image_file
+from tagger.data.survey import Distribution, Survey
+
+_INK, _FAINT, _BAR = "#1c2026", "#767d88", "#3f6fb5"
+_THUMBNAIL_SIDE = 96
+_LISTED_TAGS = 40
+_SHOWN_RATINGS = (None, "general")
+# The same page for the same survey: no dates, no random identifiers.
+_SVG_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "tagsmith",
+    "font.size": 9.0,
+    "axes.edgecolor": _FAINT,
+}
+
+
+@dataclass(frozen=True)
+class _Plot:
+    title: str
+    alt: str
+    source: str
+
+
+def write_page(survey: Survey, path: Path, *, max_pixels: int) -> None:
+    """Write the page; raises OSError where that is not possible. max_pixels: larger images get no small copy."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = short_number
+    environment.filters["bytes"] = short_bytes
+    environment.filters["ending"] = lambda name: "/".join(Path(name).parts[-2:])
+    groups = [
+        (
+            group.size,
+            [
+                (name, _thumbnail(Path(name), max_pixels) if rating in _SHOWN_RATINGS else None, rating)
+                for name, rating in group.images
+            ],
+        )
+        for group in (survey.duplicates.largest if survey.duplicates is not None else ())
+    ]
+    text = environment.from_string(_PAGE).render(
+        survey=survey, plots=_plots(survey), tags=survey.tag_counts[:_LISTED_TAGS], groups=groups
+    )
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def short_number(value: float) -> str:
+    """1234 -> 1,234; 0.4567 -> 0.457."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def short_bytes(value: float) -> str:
+    """Decimal: 1234567 -> 1.23 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} TB"
+
+
+def _plots(survey: Survey) -> list[_Plot]:
+    plots: list[_Plot] = []
+    for title, label, shown, found in (
+        ("Aspect ratio", "width over height", short_number, survey.aspect_ratios),
+        ("Size", "megapixels", short_number, survey.megapixels),
+        ("File size", "bytes", short_bytes, survey.file_bytes),
+        ("Tags an image", "tags", short_number, survey.tags_per_image),
+    ):
+        if found is not None:
+            log = found is not survey.tags_per_image and found.most > 1.2 * found.least > 0
+            alt = f"{title}: median {shown(found.median)}, from {shown(found.least)} to {shown(found.most)} {label}"
+            plots.append(_Plot(title, alt, _histogram(found, label, shown, log=log)))
+    if survey.tag_counts:
+        most, least = survey.tag_counts[0][1], survey.tag_counts[-1][1]
+        alt = f"Images of each tag by rank: {len(survey.tag_counts)} tags, from {most} images down to {least}"
+        plots.append(_Plot("The long tail", alt, _long_tail([count for _, count in survey.tag_counts])))
+    return plots
+
+
+def _histogram(found: Distribution, label: str, shown: Callable[[float], str], *, log: bool) -> str:
+    def draw(axes: Axes) -> None:
+        left = found.edges[:-1]
+        widths = [stop - start for start, stop in zip(left, found.edges[1:], strict=True)]
+        axes.bar(left, found.counts, widths, align="edge", color=_BAR, edgecolor="white", linewidth=0.4)
+        if log:
+            axes.set_xscale("log")
+            # A range of less than ten has no power of ten to put a label on.
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xticks(_ticks(found.edges[0], found.edges[-1]) or [found.least, found.median, found.most])
+        elif found.least == found.most:
+            axes.set_xticks([found.least])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
+        axes.set_xlabel(label)
+        axes.set_ylabel("images")
+
+    return _svg(draw)
+
+
+def _ticks(least: float, most: float) -> list[float]:
+    """At most seven of 1, 2, 5, 10, 20 ... within a range; none where there are fewer than two."""
+    steps = [factor * 10.0**power for power in range(-12, 16) for factor in (1, 2, 5)]
+    inside = [step for step in steps if least <= step <= most]
+    every = -(-len(inside) // 7)
+    return inside[::every] if len(inside) > 1 else []
+
+
+def _long_tail(counts: list[int]) -> str:
+    def draw(axes: Axes) -> None:
+        axes.plot(range(1, len(counts) + 1), counts, color=_BAR, linewidth=1.6)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+            axis.set_minor_formatter(NullFormatter())
+        if ticks := _ticks(counts[-1], counts[0]):
+            axes.set_yticks(ticks)
+        axes.set_xlabel("rank of the tag")
+        axes.set_ylabel("images")
+        axes.grid(alpha=0.25)
+
+    return _svg(draw)
+
+
+def _svg(draw: Callable[[Axes], None]) -> str:
+    """A data URI: identifiers of one drawing cannot meet those of another."""
+    with matplotlib.rc_context(_SVG_STYLE):
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_INK)
+        stream = BytesIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _thumbnail(path: Path, max_pixels: int) -> str | None:
+    """A data URI of a small copy; None where the image is gone or broken by now."""
+    try:
+        image = Image.fromarray(decode_image(read_image_file(path), max_pixels=max_pixels))
+    except (RefusedImage, OSError):
+        return None
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    stream = BytesIO()
+    image.save(stream, "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Data set: {{ survey.roots | join(", ") }}</title>
+<style>
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c2026; background: #f3f4f6; margin: 0; }
+main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
+section { background: #fff; border: 1px solid #dee1e6; border-radius: 8px; padding: 1rem 1.2rem; margin-top: 1rem; }
+.faint { color: #5f6672; }
+.figures { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: .8rem 0 0; }
+.figures dt { color: #5f6672; font-size: .85rem; }
+.figures dd { margin: 0; font-size: 1.35rem; font-weight: 600; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1rem; }
+.plots figure { margin: 0; }
+.plots figcaption { font-weight: 600; }
+.plots img { width: 100%; height: auto; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
+.columns section { margin-top: 0; }
+.columns { margin-top: 1rem; }
+table { border-collapse: collapse; width: 100%; }
+td, th { padding: .15rem .5rem .15rem 0; text-align: left; vertical-align: top; }
+td.count, th.count { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.bar { width: 38%; }
+td.bar div { background: #3f6fb5; height: .7rem; border-radius: 2px; margin-top: .35rem; min-width: 1px; }
+td.name, .path { overflow-wrap: anywhere; }
+.path { font-family: ui-monospace, monospace; font-size: .8rem; }
+.group { border-top: 1px solid #eceef1; padding: .6rem 0; }
+.group ul { display: flex; flex-wrap: wrap; gap: .8rem; list-style: none; margin: .3rem 0 0; padding: 0; }
+.group li { width: 7.5rem; }
+.group img, .withheld { display: block; width: 96px; height: 96px; object-fit: contain; background: #eaecf0; }
+.withheld { font-size: .75rem; padding: .4rem; box-sizing: border-box; color: #5f6672; }
+@media (max-width: 34rem) { .columns, .plots { grid-template-columns: 1fr; } }
+</style>
+</head>
+<body>
+<main>
+<h1>{{ survey.roots | join(", ") }}</h1>
+<dl class="figures">
+<div><dt>images with tags</dt><dd>{{ survey.num_images | number }}</dd></div>
+<div><dt>distinct tags</dt><dd>{{ survey.tag_counts | length | number }}</dd></div>
+<div><dt>on disk</dt><dd>{{ survey.total_bytes | bytes }}</dd></div>
+{% if survey.duplicates is not none %}
+<div><dt>near-duplicates to spare</dt><dd>{{ survey.duplicates.surplus | number }}</dd></div>
+{% endif %}
+<div><dt>files with problems</dt><dd>{{ survey.problems | sum(attribute="count") | number }}</dd></div>
+</dl>
+
+<section>
+<h2>Images and tags</h2>
+<div class="plots">
+{% for plot in plots %}
+<figure><figcaption>{{ plot.title }}</figcaption><img src="{{ plot.source }}" alt="{{ plot.alt }}"></figure>
+{% endfor %}
+</div>
+</section>
+
+<div class="columns">
+{% for title, counts in (("Formats, by content", survey.formats), ("Ratings", survey.ratings)) %}
+<section>
+<h2>{{ title }}</h2>
+<table>
+{% for name, count in counts.items() %}
+<tr><td class="name">{{ name }}</td><td class="count">{{ count | number }}</td>
+<td class="bar"><div style="width: {{ 100 * count / survey.num_images }}%"></div></td></tr>
+{% endfor %}
+</table>
+</section>
+{% endfor %}
+</div>
+
+<section>
+<h2>Problems</h2>
+{% if survey.problems %}
+<table>
+<tr><th>what</th><th class="count">files</th><th>for example</th></tr>
+{% for problem in survey.problems %}
+<tr><td>{{ problem.kind }}</td><td class="count">{{ problem.count | number }}</td>
+<td class="path">{% for example in problem.examples %}{{ example }}<br>{% endfor %}</td></tr>
+{% endfor %}
+</table>
+{% else %}
+<p>None: every image has a sidecar that can be used, and every sidecar an image.</p>
+{% endif %}
+</section>
+
+<div class="columns">
+<section>
+<h2>Most frequent tags</h2>
+<table>
+{% for name, count in tags %}
+<tr><td class="name">{{ name }}</td><td class="count">{{ count | number }}</td>
+<td class="bar"><div style="width: {{ 100 * count / tags[0][1] }}%"></div></td></tr>
+{% endfor %}
+</table>
+{% if survey.tag_counts | length > tags | length %}
+<p class="faint">and {{ (survey.tag_counts | length - tags | length) | number }} more</p>
+{% endif %}
+</section>
+<section>
+<h2>Most often together</h2>
+<table>
+<tr><th>tags</th><th class="count">images</th><th class="count">of the rarer</th></tr>
+{% for pair in survey.co_occurring %}
+<tr><td class="name">{{ pair.first }} + {{ pair.second }}</td><td class="count">{{ pair.count | number }}</td>
+<td class="count">{{ "%.0f %%" | format(100 * pair.share) }}</td></tr>
+{% endfor %}
+</table>
+<h2 style="margin-top: 1rem">Rare tags</h2>
+<table>
+{% for limit, count in survey.rare_tags.items() if count %}
+<tr><td>on fewer than {{ limit }} images</td><td class="count">{{ count | number }} tags</td></tr>
+{% else %}
+<tr><td>none: each tag is on 100 images or more</td></tr>
+{% endfor %}
+</table>
+</section>
+</div>
+
+{% if survey.duplicates is not none %}
+<section>
+<h2>Near-duplicates</h2>
+<p>{{ survey.duplicates.num_groups | number }} groups of {{ survey.duplicates.num_images | number }} images,
+connected by {{ survey.duplicates.num_pairs | number }} pairs within {{ survey.duplicates.bits }} bits;
+{{ survey.duplicates.num_identical | number }} images have the very hash of another.
+<span class="faint">The largest groups follow; judge by eye before you delete anything.</span></p>
+{% for size, images in groups %}
+<div class="group">{{ size }} images
+<ul>
+{% for name, picture, rating in images %}
+<li>{% if picture %}<img src="{{ picture }}" alt="">
+{% else %}<span class="withheld">not shown{% if rating %}: rated {{ rating }}{% endif %}</span>
+{% endif %}<span class="path" title="{{ name }}">{{ name | ending }}</span></li>
+{% endfor %}
+</ul></div>
+{% endfor %}
+</section>
+{% endif %}
+</main>
+</body>
+</html>
+"""

@@ -1,0 +1,135 @@
+"""Starting from another run's weights, and going on with other settings: what carries over, and that it is said."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_direct
+from tagger.config_io import ConfigError
+from tagger.transfer import find_initial_weights
+from tests.integration.test_train_direct import arguments, images, lines_of, results_of, run
+
+__all__ = ["images"]  # the fixture
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(images, tmp_path_factory.mktemp("runs"), "whole")
+
+
+def learning_rates(folder: Path) -> dict[int, float]:
+    return {int(line["step"]): line["train/learning_rate"] for line in lines_of(folder) if "train/loss" in line}
+
+
+@pytest.mark.parametrize("place", ["", "model", "checkpoints/newest"])
+def test_a_run_starts_from_another_ones_weights(
+    finished: Path,
+    images: Path,
+    tmp_path: Path,
+    place: str,
+) -> None:
+    newest = sorted((finished / "checkpoints").glob("step-*"))[-1].name
+    source = finished / place.replace("newest", newest)
+    # A rate of nearly nothing: what is saved at the end is what the run started from.
+    words = ("optimizer.learning_rate=1e-12", "optimizer.muon_learning_rate=1e-12", "optimizer.weight_decay=0")
+    folder = run(images, tmp_path, "tuned", "--init-from", str(source), "training.num_epochs=1", *words)
+    expected = find_initial_weights(source).tensors
+    found = load_file(sorted((folder / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+    names = [name for name in expected if expected[name].is_floating_point() and "running_" not in name]
+    assert names and all(torch.allclose(found[name], expected[name], atol=1e-6) for name in names)
+
+
+def test_other_tags_and_another_image_size(
+    finished: Path,
+    images: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        folder = run(
+            images,
+            tmp_path,
+            "larger",
+            "--init-from",
+            str(finished),
+            "training.num_epochs=1",
+            "data.image_size=48",
+            "vocabulary.min_frequency=12",
+        )
+    assert "tags known there" in caplog.text and "resized from 4x4 to 6x6" in caplog.text
+    assert results_of(folder)["status"] == "completed"
+
+
+def test_another_body_is_refused_and_leaves_nothing(
+    finished: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = arguments(images, tmp_path, "other", "--init-from", str(finished), "model.depth=3")
+    assert train_direct.main(words) == 2
+    assert "blocks.2" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert train_direct.main(arguments(images, tmp_path, "none", "--init-from", str(tmp_path / "nowhere"))) == 2
+
+
+@pytest.mark.parametrize("on_change", ["rescale", "keep", "error"])
+def test_more_epochs_bend_the_schedule_as_asked(
+    images: Path,
+    tmp_path: Path,
+    on_change: str,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(images, tmp_path, "run", "training.num_epochs=2")
+    before = learning_rates(tmp_path / "run")
+    words = ("training.num_epochs=4", "--resume", "latest", f"checkpoint.on_schedule_change={on_change}")
+    if on_change == "error":
+        assert train_direct.main(arguments(images, tmp_path, "run", *words)) == 2
+        assert "checkpoint.on_schedule_change=rescale or keep" in capsys.readouterr().err
+        return
+    run(images, tmp_path, "run", *words)
+    assert "was to end at update" in caplog.text
+    after = learning_rates(tmp_path / "run")
+    last = max(before)
+    if on_change == "keep":
+        assert after[last + 1] == pytest.approx(1e-3 * 0.01)
+    else:
+        # Half the images seen: the cosine goes on from its middle.
+        assert after[last + 1] == pytest.approx(0.5 * 1e-3, rel=0.1)
+    assert after[max(after)] < 0.1 * 1e-3
+
+
+def test_another_batch_size_alone_does_not_move_the_learning_rate(
+    images: Path,
+    tmp_path: Path,
+) -> None:
+    run(images, tmp_path, "straight", "training.num_epochs=4")
+    short = ("training.num_epochs=4", "training.batch_size=8")
+    words = arguments(images, tmp_path, "run", *short)
+    with pytest.MonkeyPatch.context() as patch:
+        real = train_direct.train_step
+
+        def stop_at_ten(parts, window):  # type: ignore[no-untyped-def]
+            if parts.state.step == 9:
+                parts.folder.stop_path.touch()
+                parts.stop._looked_at = 0.0
+            return real(parts, window)
+
+        patch.setattr(train_direct, "train_step", stop_at_ten)
+        assert train_direct.main(words) == 0
+    run(images, tmp_path, "run", "training.num_epochs=4", "training.batch_size=4", "--resume", "latest")
+    rates, straight = learning_rates(tmp_path / "run"), learning_rates(tmp_path / "straight")
+    assert rates[11] == pytest.approx(straight[11], rel=0.25)  # each epoch drops its last few images
+    assert max(rates) > max(straight)
+
+
+def test_an_unknown_choice_names_the_known_ones(images: Path, tmp_path: Path) -> None:
+    from Configuration_System import load_config
+
+    words = arguments(images, tmp_path, "x", "checkpoint.on_schedule_change=stretch")
+    with pytest.raises(ConfigError, match="rescale"):
+        load_config(Path(words[1]), words[2:])
