@@ -85,7 +85,7 @@ class _HelperLost(RuntimeError):
 class _Helper:
     """One parsing process, used by one thread at a time."""
 
-    def __init__(self, number: int, extra_fields: Sequence[ExtraField]) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
         package_root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
@@ -95,6 +95,9 @@ class _Helper:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
         )
+
+    def begin(self, extra_fields: Sequence[ExtraField]) -> None:
+        """Say how to parse; _HelperLost when the process is gone."""
         self._call([[field.name, field.prefix] for field in extra_fields], b"", expect_answer=False)
 
     def parse(self, root: str, sidecars: Sequence[str]) -> ParsedSidecars:
@@ -153,10 +156,13 @@ class _Helpers:
     def __enter__(self) -> "_Helpers":
         for number in range(self._number):
             try:
-                self._all.append(_Helper(number, self._fields))
-            except (OSError, _HelperLost) as error:
+                self._all.append(_Helper(number))
+            except OSError as error:
                 _log.warning("cannot start a process that parses sidecars (%s); going on with %d", error, number)
                 break
+            # One that is gone by then is found out by its first task.
+            with contextlib.suppress(_HelperLost):
+                self._all[-1].begin(self._fields)
             self._free.put(self._all[-1])
         return self
 

@@ -8,7 +8,7 @@ import os
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -304,11 +304,11 @@ class FileReader:
         yield from self._pool.map(lambda part: _read_part(root, part), parts)
 
 
-def stem_ids(paths: Iterable[str]) -> NDArray[np.uint64]:
+def stem_ids(paths: Sequence[str]) -> NDArray[np.uint64]:
     """uint64 [N]: `stable_id` of the stem of each POSIX path."""
     # One encoding for all: file names hold no NUL.
     stems = "\0".join([path[path.rfind("/") + 1 : path.rfind(".")] for path in paths])
-    encoded = stems.encode("utf-8", "surrogatepass").split(b"\0")
+    encoded = stems.encode("utf-8", "surrogatepass").split(b"\0") if paths else []
     digests = b"".join([blake2b(stem, digest_size=8).digest() for stem in encoded])
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
