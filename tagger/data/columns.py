@@ -84,6 +84,13 @@ def open_column(path: Path) -> NDArray[Any]:
     return mapped
 
 
+def write_column(path: Path, values: NDArray[Any]) -> int:
+    """Write a whole column to the disk; gives its size in bytes."""
+    with ColumnWriter(path, values.dtype.type) as column:
+        column.append(values)
+        return column.close()
+
+
 def offsets_of(lengths: NDArray[Any]) -> NDArray[Any]:
     """int32 or, where it has to be, int64 [N + 1]: the running total of N lengths."""
     total = int(lengths.sum(dtype=np.int64))

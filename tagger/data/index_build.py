@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tagger.data.columns import ColumnWriter, offsets_of
+from tagger.data.columns import ColumnWriter, offsets_of, write_column
 from tagger.data.sidecar_rows import RATING_CODES, stem_ids
 
 BLOCK_ROWS = 4096
@@ -136,10 +136,8 @@ class RowWriter:
             "path_offsets": offsets_of(_joined(self._path_lengths)),
             "tag_counts": self._tag_counts[: len(self.tags.names)],
         }
-        for name, values in extra.items():
-            self._columns[name] = ColumnWriter(self._folder / f"{name}.npy", values.dtype.type)
-            self._columns[name].append(values)
-        return {column.path.name: column.close() for column in self._columns.values()}
+        sizes = {column.path.name: column.close() for column in self._columns.values()}
+        return sizes | {f"{name}.npy": write_column(self._folder / f"{name}.npy", extra[name]) for name in extra}
 
     @property
     def rating_counts(self) -> list[int]:
