@@ -86,7 +86,8 @@ def parse_header(read_at: ReadAt, file_size: int) -> tuple[int, int]:
     try:
         kind = sniff_format(read_at(0, 32))
     except DecodeError as error:
-        raise HeaderError(f"{error.reason}: {' '.join(str(error).split())}") from error
+        detail = " ".join(str(error).removeprefix(error.reason).strip(" ()").split())
+        raise HeaderError(f"{error.reason}: {detail}" if detail else error.reason) from error
     try:
         if kind in _PARSERS:
             width, height, orientation = _PARSERS[kind](read_at)

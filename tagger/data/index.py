@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,48 +118,64 @@ def _open_rows(
             _log.info("%s", index.update)
             return index
     started = time.perf_counter()
-    with Generation(home) as generation:
-        with RowWriter(generation.folder, with_marks=source is None) as rows:
-            carried = newest_headers(old.path) if old is not None else None
-            if source is None:
-                reading = None if progress is None else _Of(progress, "reading sidecars")
-                old_rows = None if old is None else old._old_rows()
-                built = add_scanned_rows(
-                    scans, fields, rows, problems, old=old_rows, processes=processes, progress=reading
-                )
-                root_starts, update = built.root_starts, built.update
-                fingerprint = _fingerprint(scanned, scans)  # the marks of what was read
-                if carried is not None:
-                    carry_headers(carried, built.sources, generation.folder)
-            else:
-                add_annotation_rows(source, scans[0], fields, rows, problems)
-                root_starts, update = [0], Update(new=rows.num_rows)
-            sizes = rows.close()
+    with Generation(home) as generation, RowWriter(generation.folder, with_marks=source is None) as rows:
+        if source is None:
+            built = add_scanned_rows(
+                scans,
+                fields,
+                rows,
+                problems,
+                old=None if old is None else old._old_rows(),
+                processes=processes,
+                progress=None if progress is None else _Of(progress, "reading sidecars"),
+            )
+            root_starts, update = built.root_starts, built.update
+            fingerprint = _fingerprint(scanned, scans)  # the marks of what was read
+            carried = None if old is None else newest_headers(old.path)
+            if carried is not None:
+                carry_headers(carried, built.sources, generation.folder)
+        else:
+            add_annotation_rows(source, scans[0], fields, rows, problems)
+            root_starts, update = [0], Update(new=rows.num_rows)
         if not rows.num_rows:
             raise DatasetError(describe_no_rows(scans, problems, source))
-        for name, content in ((_TAGS, {"tags": rows.tags.names}), (_PROBLEMS, _problems_content(problems))):
-            sizes[name] = generation.write_json(name, {"format_version": FORMAT_VERSION, **content})
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint,
+        facts = {
             "roots": [str(folder) for folder in folders],
             "root_starts": root_starts,
             "extra_fields": list(extra_fields),
             "annotations": None if source is None else printable(source),
-            "num_rows": rows.num_rows,
-            "num_refused": sum(item.mark is not None for item in problems.rejected),
-            "rating_counts": rows.rating_counts,
-            "complete": problems.unreadable == 0,
-            "sizes": sizes,
         }
-        generation.write_json(_META, meta)
-        path = generation.commit(fingerprint)
+        path = finish_index(generation, rows, problems, fingerprint, facts)
     clean_up(home, path)
     index = MetadataIndex.load(path)
     index.update = update
     _log.info("%s", update)
     _log.info("indexed %d rows in %.1f s: %s", index.num_rows, time.perf_counter() - started, index.path)
     return index
+
+
+def finish_index(
+    generation: Generation, rows: RowWriter, problems: Problems, fingerprint: str, facts: Mapping[str, Any]
+) -> Path:
+    """Complete an index whose rows are written, and give it its final place.
+
+    facts: roots, root_starts (the first row of each), extra_fields, and annotations (None: the rows have marks).
+    """
+    sizes = rows.close()
+    for name, content in ((_TAGS, {"tags": rows.tags.names}), (_PROBLEMS, _problems_content(problems))):
+        sizes[name] = generation.write_json(name, {"format_version": FORMAT_VERSION, **content})
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        **facts,
+        "num_rows": rows.num_rows,
+        "num_refused": sum(item.mark is not None for item in problems.rejected),
+        "rating_counts": rows.rating_counts,
+        "complete": problems.unreadable == 0,
+        "sizes": sizes,
+    }
+    generation.write_json(_META, meta)
+    return generation.commit(fingerprint)
 
 
 class MetadataIndex:
