@@ -50,7 +50,6 @@ class ImageHeaders:
     file_sizes: NDArray[np.unsignedinteger]
     file_mtimes: NDArray[np.int64]
     num_broken: int
-    complete: bool
 
     @classmethod
     def load(cls, path: Path) -> "ImageHeaders":
@@ -58,7 +57,7 @@ class ImageHeaders:
         meta = read_json(path / _META, "image headers", FORMAT_VERSION)
         check_sizes(path, meta["sizes"], "image headers")
         columns = {name: open_column(path / f"{name}.npy") for name in _COLUMNS}
-        return cls(path, **columns, num_broken=meta["num_broken"], complete=meta["complete"])
+        return cls(path, **columns, num_broken=meta["num_broken"])
 
     @cached_property
     def broken(self) -> dict[int, str]:
@@ -106,7 +105,7 @@ class _Columns:
 
 
 def newest_headers(folder: Path) -> ImageHeaders | None:
-    """The latest headers that stand in the folder of an index, complete or not."""
+    """The latest headers that stand in the folder of an index; of some rows they may know nothing yet."""
     for path in newest_first(folder):
         try:
             return ImageHeaders.load(path)
@@ -123,7 +122,7 @@ def carry_headers(old: ImageHeaders, sources: NDArray[np.int64], folder: Path) -
     columns = _Columns.empty(len(sources))
     rows = np.flatnonzero(sources >= 0)
     columns.take(rows, old, sources[rows])
-    _write(columns, folder, complete=False)
+    _write(columns, folder)
 
 
 def read_headers(
@@ -160,9 +159,9 @@ def read_headers(
             raise
     kept = num_rows - num_read
     _log.info("headers: %s read, %s kept; %s broken", f"{num_read:,}", f"{kept:,}", f"{len(columns.broken):,}")
-    if old is not None and old.complete and not num_news:
+    if old is not None and not num_news:
         return old
-    path = _write(columns, folder, complete=True)
+    path = _write(columns, folder)
     clean_up(folder, path)
     return ImageHeaders.load(path)
 
@@ -193,7 +192,7 @@ def _read_rows(
     return found
 
 
-def _write(columns: _Columns, folder: Path, *, complete: bool) -> Path:
+def _write(columns: _Columns, folder: Path) -> Path:
     side = np.uint16 if max(columns.widths.max(initial=0), columns.heights.max(initial=0)) < 1 << 16 else np.uint32
     size = np.uint32 if columns.file_sizes.max(initial=0) < 1 << 32 else np.uint64
     arrays: dict[str, NDArray[Any]] = {
@@ -210,7 +209,6 @@ def _write(columns: _Columns, folder: Path, *, complete: bool) -> Path:
             "format_version": FORMAT_VERSION,
             "num_rows": len(columns.widths),
             "num_broken": len(broken),
-            "complete": complete,
             "sizes": sizes,
         }
         generation.write_json(_META, meta)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tagger.data.scan import DatasetError
@@ -58,6 +58,8 @@ def _column(values):
 
 
 @given(st.lists(_contents, max_size=8), st.booleans())
+@example([b'{"tags": ["sun", " sun", "sky", "sun"], "artist": "sky"}', b'{"tags": "sea sea"}'], True)
+@example([b'{"tags": ["sun"], "rating": true}', b'{"tags": ["sun"], "rating": 1}'], False)
 def test_many_at_once_say_what_each_says(contents, with_fields):
     fields = FIELDS if with_fields else ()
     parser = SidecarParser(fields)
