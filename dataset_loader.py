@@ -6,25 +6,23 @@ row to training, and positions that belong to another seed or another set of row
 and counted; it never becomes zeros or the image beside it.
 """
 
-import itertools
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from Configuration_System import DataSection, FullConfig, OrientationSection
 from orientation_handler import MirrorCoin, OrientationHandler
 from tagger.batch import Batch
-from tagger.data.decode import RefusedImage, decode_image
+from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads
-from tagger.data.quarantine import FailureBudget, Refusal, read_image_file, retry_transient
-from tagger.data.ragged import gather, pack
+from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.sampler import RowSampler, hash_rows
 from tagger.data.split import split_rows
 from tagger.errors import InputError
@@ -33,11 +31,7 @@ from vocabulary import DEFAULT_INDEX_DIR, RATING_TAGS, TagVocabulary
 
 logger = logging.getLogger(__name__)
 
-Rows = NDArray[np.int64]
 Position = dict[str, int]
-
-# A stand-in that is in the batch already is passed over, unless the set is too small to have another.
-_DISTINCT_ATTEMPTS = 16
 
 
 class PositionError(InputError):
@@ -51,32 +45,15 @@ class _IndexedImages:
         self.index = index
         self.vocabulary = vocabulary
         numbers = [vocabulary.get(tag) for tag in index.tag_names]
-        self._index_of = np.array([-1 if number is None else number for number in numbers], dtype=np.int64)
-        ratings = [vocabulary.get(tag) for tag in RATING_TAGS]
-        self._index_of_rating = np.array([-1, *(-1 if number is None else number for number in ratings)])
+        ratings = [None, *(vocabulary.get(tag) for tag in RATING_TAGS)]
+        self.table = TagTable(index, _absent_as_minus_1(numbers), _absent_as_minus_1(ratings), len(vocabulary))
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def own_tags(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The index's own tag numbers of rows, in vocabulary or not: (numbers [T], place of each in `rows` [T])."""
-        return gather(self.index.tag_offsets, self.index.tag_ids, rows)
 
-    def tags(
-        self, rows: Rows, mirrored: NDArray[np.bool_], mirror_of: NDArray[np.int32] | None
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """(tag_indices int32 [T], tag_offsets int32 [N + 1]) of rows, ascending and unique within a row.
-
-        mirrored: bool [N]; where true, each tag is replaced through `mirror_of`, int32 [C].
-        """
-        numbers, places = self.own_tags(rows)
-        tags = np.concatenate([self._index_of[numbers], self._index_of_rating[self.index.ratings[rows]]])
-        places = np.concatenate([places, np.arange(len(rows))])
-        known = tags >= 0
-        tags, places = tags[known], places[known]
-        if mirror_of is not None:
-            tags = np.where(mirrored[places], mirror_of[tags], tags)
-        return pack(tags, places, len(rows), len(self.vocabulary))
+def _absent_as_minus_1(numbers: list[int | None]) -> NDArray[np.int64]:
+    return np.array([-1 if number is None else number for number in numbers], dtype=np.int64)
 
 
 class SidecarJsonDataset(_IndexedImages):
@@ -118,26 +95,6 @@ class DatasetLoader(_IndexedImages):
 
 
 @dataclass(frozen=True)
-class Mirroring:
-    """Which images are mirrored and what their tags become.
-
-    mirror_of: int32 [C] over the vocabulary. forbids: bool over the index's own tags, so that a rare `text` that the
-    vocabulary dropped still forbids.
-    """
-
-    coin: MirrorCoin
-    mirror_of: NDArray[np.int32]
-    forbids: NDArray[np.bool_]
-
-    def decide(self, dataset: _IndexedImages, rows: Rows, epoch: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """(mirrored bool [N], vetoed bool [N]): the coin says mirror, and the tags allow it or not."""
-        wanted = self.coin.toss(dataset.index.image_ids[rows], epoch)
-        numbers, places = dataset.own_tags(rows)
-        forbidden = np.bincount(places[self.forbids[numbers]], minlength=len(rows)) > 0
-        return wanted & ~forbidden, wanted & forbidden
-
-
-@dataclass(frozen=True)
 class LoadOptions:
     """How a loader prepares images.
 
@@ -162,122 +119,17 @@ class LoadOptions:
         )
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What the batches of one loader have in common. `held_out`, bool over the index, is true for rows never served."""
-
-    dataset: _IndexedImages
-    sampler: RowSampler
-    options: LoadOptions
-    mirroring: Mirroring | None
-    held_out: NDArray[np.bool_]
-    budget: FailureBudget
-
-    @property
-    def refills(self) -> bool:
-        """Training refills a refused image's slot; validation leaves it out, or its scores would be of other images."""
-        return self.sampler.seed is not None
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """`batch` is None when every image of it was refused."""
-
-    batch: Batch | None
-    num_vetoed: int
-
-
-class _BatchJob:
-    """One batch in the making: samples `start` to `stop` of an epoch."""
-
-    def __init__(
-        self, source: _Source, pool: BufferPool, stopping: threading.Event, epoch: int, start: int, stop: int
-    ) -> None:
-        self._source = source
-        self._stopping = stopping
-        self._epoch = epoch
-        self._start = start
-        self._rows = source.sampler.rows_at(epoch, start, stop)
-        self._mirrored, self._vetoed = self._decide(self._rows)
-        self._images, self._memory = pool.take()
-        self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
-        self._usable = np.ones(len(self._rows), dtype=np.bool_)
-
-    @property
-    def num_items(self) -> int:
-        return len(self._rows)
-
-    def fill(self, item: int) -> None:
-        self._usable[item] = self._prepare(item)
-
-    def finish(self) -> _Prepared:
-        if self._source.refills:
-            for item in np.flatnonzero(~self._usable):
-                self._refill(int(item))
-        images, kept = self._images[: len(self._rows)], self._usable
-        if not kept.all():
-            if not kept.any():
-                return _Prepared(None, 0)
-            images = torch.from_numpy(self._memory[: len(kept)][kept])
-        rows, mirrored = self._rows[kept], self._mirrored[kept]
-        mirror_of = self._source.mirroring.mirror_of if self._source.mirroring is not None else None
-        tags, offsets = self._source.dataset.tags(rows, mirrored, mirror_of)
-        arrays = (tags, offsets, rows, self._sizes[kept], mirrored)
-        return _Prepared(Batch(images, *map(torch.from_numpy, arrays)), int(self._vetoed.sum()))
-
-    def _refill(self, item: int) -> None:
-        """Put a stand-in in a refused image's slot; slot by slot, so that a batch holds no image twice."""
-        for attempt in itertools.count():
-            row = self._source.sampler.reserve_row(self._epoch, self._start + item, attempt)
-            if attempt < _DISTINCT_ATTEMPTS and row in self._rows:
-                continue
-            one = slice(item, item + 1)
-            self._rows[item] = row
-            self._mirrored[one], self._vetoed[one] = self._decide(self._rows[one])
-            if self._prepare(item):
-                self._usable[item] = True
-                return
-
-    def _decide(self, rows: Rows) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        held_out = rows[self._source.held_out[rows]]
-        if held_out.size:  # not an assert statement, which -O removes
-            raise AssertionError(f"row {held_out[0]} is held out and was about to be served")
-        if self._source.mirroring is None:
-            return np.zeros(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.bool_)
-        return self._source.mirroring.decide(self._source.dataset, rows, self._epoch)
-
-    def _prepare(self, item: int) -> bool:
-        """Pixels of the item's row into its place; False when the file is refused. Waits for storage that fails."""
-        options = self._source.options
-        path = self._source.dataset.index.image_path(int(self._rows[item]))
-
-        def decode() -> None:
-            content = read_image_file(path)
-            pixels = decode_image(content, background=options.preprocess.background, max_pixels=options.max_pixels)
-            mirror = bool(self._mirrored[item])
-            self._sizes[item] = options.preprocess.apply_into(pixels, self._memory[item], mirror=mirror)
-
-        try:
-            retry_transient(decode, path, self._stopping)
-        except RefusedImage as error:
-            self._source.budget.refuse(path, error)
-            return False
-        self._source.budget.accept()
-        return True
-
-
 class ImagePreFetcher:
     """Iterator over the batches of an epoch that begin at the samples `starts`, decoded and prepared in threads."""
 
-    def __init__(self, source: _Source, epoch: int, starts: range) -> None:
-        options = source.options
-        side, num_rows = options.preprocess.image_size, len(source.sampler)
+    def __init__(self, source: BatchSource, options: LoadOptions, epoch: int, starts: range) -> None:
+        num_rows = len(source.sampler)
         # Those in flight, and two in the hands of the consumer.
-        pool = BufferPool((min(starts.step, num_rows), 3, side, side), options.prefetch_batches + 2)
+        pool = BufferPool(min(starts.step, num_rows) * math.prod(source.images.shape), options.prefetch_batches + 2)
         stopping = threading.Event()
         stops = (min(start + starts.step, num_rows) for start in starts)
         self._inner = OrderedPrefetcher(
-            (_BatchJob(source, pool, stopping, epoch, *span) for span in zip(starts, stops, strict=True)),
+            (BatchJob(source, pool, stopping, epoch, *span) for span in zip(starts, stops, strict=True)),
             num_threads=options.num_threads or default_num_threads(),
             max_in_flight=options.prefetch_batches,
             stopping=stopping,
@@ -291,8 +143,8 @@ class ImagePreFetcher:
     def __iter__(self) -> "ImagePreFetcher":
         return self
 
-    def __next__(self) -> _Prepared:
-        """The next batch. Raises DataFailureError past the failure budget, StorageError after an outage."""
+    def __next__(self) -> PreparedBatch:
+        """The next batch. Raises StorageError after an outage."""
         return next(self._inner)
 
     def close(self) -> None:
@@ -309,8 +161,9 @@ class DataLoader:
     out.
 
     Iterating yields (batch, position) for the current epoch, from where `seek` went or from its start; iterating again
-    gives the same epoch again. `position` resumes after its batch. It counts samples, not batches, so a resume may
-    change the batch size. `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out.
+    gives the same epoch again. It raises DataFailureError past the failure budget, StorageError after an outage.
+    `position` resumes after its batch. It counts samples, not batches, so a resume may change the batch size.
+    `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out.
     """
 
     def __init__(
@@ -332,7 +185,10 @@ class DataLoader:
         if never[rows].any():
             raise ValueError(f"{int(never[rows].sum())} of the {len(rows)} rows to serve are held out")
         self._budget = budget or FailureBudget(len(rows))
-        self._source = _Source(dataset, RowSampler(rows, seed), options, mirroring, never, self._budget)
+        self.dataset = dataset
+        self.options = options
+        images = ImageSource(dataset.index, options.preprocess, options.max_pixels)
+        self._source = BatchSource(dataset.table, images, RowSampler(rows, seed), mirroring, never)
         self._batch_size = batch_size
         self._identity = {
             "seed": -1 if seed is None else seed,
@@ -348,7 +204,7 @@ class DataLoader:
     @property
     def preprocess(self) -> Preprocess:
         """How images become batches: what a model trained on them needs to be saved with."""
-        return self._source.options.preprocess
+        return self.options.preprocess
 
     @property
     def num_rows(self) -> int:
@@ -412,18 +268,27 @@ class DataLoader:
     def _batches(self, epoch: int, starts: range) -> Iterator[tuple[Batch, Position]]:
         if not starts:
             return
-        prefetcher = ImagePreFetcher(self._source, epoch, starts)
+        prefetcher = ImagePreFetcher(self._source, self.options, epoch, starts)
         try:
             for start in starts:
                 waited = prefetcher.wait_seconds
                 prepared = next(prefetcher)
                 self.wait_seconds += prefetcher.wait_seconds - waited
+                self._judge(prepared)
                 self.vetoed += prepared.num_vetoed
                 if prepared.batch is not None:
                     self.mirrored += int(prepared.batch.mirrored.sum())
                     yield prepared.batch, self._position(min(start + starts.step, self.num_rows), epoch)
         finally:
             prefetcher.close()
+
+    def _judge(self, prepared: PreparedBatch) -> None:
+        """Count what was used and what was refused; raises DataFailureError past the failure budget."""
+        for outcome in prepared.outcomes:
+            if outcome.refused is None:
+                self._budget.accept()
+            else:
+                self._budget.refuse(outcome.path, outcome.refused)
 
     def _position(self, samples: int, epoch: int = 0) -> Position:
         return {"epoch": epoch, "samples": samples, **self._identity}

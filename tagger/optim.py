@@ -1,8 +1,9 @@
 """Optimizers that skip a bad update on the device, and their state by parameter name.
 
-`AdamW` is torch's, `Muon` follows torch's; `MuonAdamW` is both as one. All honour two tensors that the caller sets before `step`,
-after the convention of torch's own fused optimizers: gradients are divided by `grad_scale`, and where `found_inf` is 1
-nothing changes, neither weights nor state, without the host having to look. Refuses to load state of other parameters.
+`AdamW` is torch's, `Muon` follows torch's; `MuonAdamW` is both as one. All honour two tensors that the caller sets
+before `step`, after the convention of torch's own fused optimizers: gradients are divided by `grad_scale`, and where
+`found_inf` is 1 nothing changes, neither weights nor state, without the host having to look. Refuses to load state of
+other parameters.
 """
 
 import logging

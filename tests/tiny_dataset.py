@@ -86,4 +86,4 @@ def rows_of(batches: Sequence[tuple[Batch, Position]]) -> list[int]:
 
 
 def path_of(loader: DataLoader, row: int) -> Path:
-    return loader._source.dataset.index.image_path(row)
+    return loader.dataset.index.image_path(row)

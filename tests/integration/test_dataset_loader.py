@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import dataset_loader
 from dataset_loader import (
     DataLoader,
     DatasetLoader,
@@ -20,6 +19,7 @@ from dataset_loader import (
     SidecarJsonDataset,
     create_dataloaders,
 )
+from tagger.data import batch_job
 from tagger.data.decode import decode_image
 from tagger.data.quarantine import DataFailureError, FailureBudget, read_image_file
 from tagger.data.split import SplitError
@@ -41,7 +41,7 @@ def root(drawn: Path, tmp_path: Path) -> Path:
 
 def test_a_batch_holds_what_the_files_hold(root: Path) -> None:
     train, _, vocabulary = loaders(root)
-    index = train._source.dataset.index
+    index = train.dataset.index
     preprocess = Preprocess(image_size=32)
     for batch, _ in epoch_of(train):
         assert batch.images.dtype == torch.uint8 and batch.images.shape == (8, 3, 32, 32)
@@ -102,7 +102,7 @@ def test_a_held_out_row_cannot_be_served(root: Path) -> None:
     source = train._source
     with pytest.raises(ValueError, match="1 of the 2 rows to serve are held out"):
         rows = np.array([train._source.sampler.rows[0], validation._source.sampler.rows[0]])
-        DataLoader(source.dataset, rows, 2, source.options, held_out=source.held_out, seed=1)
+        DataLoader(train.dataset, rows, 2, train.options, held_out=source.held_out, seed=1)
     object.__setattr__(source.sampler, "rows", validation._source.sampler.rows)
     with pytest.raises(AssertionError, match="held out"):
         next(iter(train))
@@ -291,7 +291,7 @@ def test_the_budget_of_a_loader_stops_it(root: Path) -> None:
     source = train._source
     break_files(train, 3)
     budget = FailureBudget(60, min_seen=1, always_allowed=1)
-    strict = DataLoader(source.dataset, source.sampler.rows, 8, source.options, seed=1, budget=budget)
+    strict = DataLoader(train.dataset, source.sampler.rows, 8, train.options, seed=1, budget=budget)
     with pytest.raises(DataFailureError, match="2 of"):
         epoch_of(strict)
 
@@ -311,7 +311,7 @@ def test_transient_errors_are_waited_out_and_blamed_on_nobody(root: Path, monkey
             raise OSError((errno.EIO, errno.ESTALE, errno.EMFILE)[failures % 3], "injected")
         return read_image_file(path)
 
-    monkeypatch.setattr(dataset_loader, "read_image_file", flaky)
+    monkeypatch.setattr(batch_job, "read_image_file", flaky)
     assert_same(epoch_of(train), expected)
     assert failures > 5
     assert train.refused == 0
@@ -365,7 +365,7 @@ def test_an_empty_side_says_what_to_change(root: Path) -> None:
 def test_no_rows_are_refused(root: Path) -> None:
     train, _, _ = loaders(root)
     with pytest.raises(ValueError, match="0 rows"):
-        DataLoader(train._source.dataset, np.arange(0), 4, train._source.options)
+        DataLoader(train.dataset, np.arange(0), 4, train.options)
 
 
 INTERRUPTED = """

@@ -195,28 +195,29 @@ def test_the_default_number_of_threads_is_bounded() -> None:
 
 
 def test_a_buffer_is_used_again_only_when_no_tensor_is_left_on_it() -> None:
-    pool = BufferPool((4, 3), capacity=2)
-    first, memory = pool.take()
+    pool = BufferPool(12, capacity=2)
+    first, memory = pool.take((4, 3))
     memory[:] = 7
     view = first[1:2]
     address = first.data_ptr()
-    second, _ = pool.take()
+    second, _ = pool.take((4, 3))
     assert second.data_ptr() != address
     del first, memory
-    third, _ = pool.take()
+    third, _ = pool.take((4, 3))
     assert third.data_ptr() != address
     assert (view == 7).all()
     del view
-    fourth, again = pool.take()
+    fourth, again = pool.take((4, 3))
     assert fourth.data_ptr() == address
     again[:] = 9
+    assert pool.take((2, 2))[0].shape == (2, 2)
     assert torch.equal(fourth, torch.full((4, 3), 9, dtype=torch.uint8))
 
 
 def test_a_pool_keeps_no_more_than_its_capacity() -> None:
-    pool = BufferPool((2,), capacity=2)
-    held = [pool.take()[0] for _ in range(5)]
+    pool = BufferPool(2, capacity=2)
+    held = [pool.take((2,))[0] for _ in range(5)]
     addresses = {tensor.data_ptr() for tensor in held}
     held.clear()
-    again = [pool.take()[0] for _ in range(2)]
+    again = [pool.take((2,))[0] for _ in range(2)]
     assert {tensor.data_ptr() for tensor in again} <= addresses

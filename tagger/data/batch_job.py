@@ -1,0 +1,234 @@
+"""One batch in the making: which rows, their pixels and their tags.
+
+A batch is a function of (source, epoch, start, stop). A source is plain data that can be sent to another process, and a
+job reports what it refused instead of judging it: threads and processes do the same work. Refuses, with an
+AssertionError, to touch a row that is held out.
+"""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tagger.batch import Batch
+from tagger.data.decode import RefusedImage, decode_image
+from tagger.data.index import MetadataIndex
+from tagger.data.prefetch import BufferPool
+from tagger.data.quarantine import read_image_file, retry_transient
+from tagger.data.ragged import gather, pack
+from tagger.data.sampler import RowSampler
+from tagger.preprocess import Preprocess
+
+Rows = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+# A stand-in that is in the batch already is passed over, unless the set is too small to have another.
+_DISTINCT_ATTEMPTS = 16
+# More refusals in a row than any failure budget puts up with: whoever judges the batch then ends the run.
+_MAX_ATTEMPTS = 64
+
+
+class Coin(Protocol):
+    """Which images are to be mirrored in an epoch: bool [N] for `image_ids`, uint64 [N]."""
+
+    def toss(self, image_ids: NDArray[np.uint64], epoch: int) -> Flags: ...
+
+
+@dataclass(frozen=True)
+class TagTable:
+    """The tags of an index's rows as indices of one vocabulary. Safe to read from any thread.
+
+    index_of: int64 by the index's own tag number, -1 where the vocabulary lacks the tag. index_of_rating: int64 by the
+    index's rating code, likewise. num_tags: length of the vocabulary.
+    """
+
+    index: MetadataIndex
+    index_of: NDArray[np.int64]
+    index_of_rating: NDArray[np.int64]
+    num_tags: int
+
+    def own_tags(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The index's own tag numbers of rows, in vocabulary or not: (numbers [T], place of each in `rows` [T])."""
+        return gather(self.index.tag_offsets, self.index.tag_ids, rows)
+
+    def tags(
+        self, rows: Rows, mirrored: Flags, mirror_of: NDArray[np.int32] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(tag_indices int32 [T], tag_offsets int32 [N + 1]) of rows, ascending and unique within a row.
+
+        mirrored: bool [N]; where true, each tag is replaced through `mirror_of`, int32 [C].
+        """
+        numbers, places = self.own_tags(rows)
+        tags = np.concatenate([self.index_of[numbers], self.index_of_rating[self.index.ratings[rows]]])
+        places = np.concatenate([places, np.arange(len(rows))])
+        known = tags >= 0
+        tags, places = tags[known], places[known]
+        if mirror_of is not None:
+            tags = np.where(mirrored[places], mirror_of[tags], tags)
+        return pack(tags, places, len(rows), self.num_tags)
+
+
+@dataclass(frozen=True)
+class Mirroring:
+    """Which images are mirrored and what their tags become.
+
+    mirror_of: int32 [C] over the vocabulary. forbids: bool over the index's own tags, so that a rare `text` that the
+    vocabulary dropped still forbids.
+    """
+
+    coin: Coin
+    mirror_of: NDArray[np.int32]
+    forbids: Flags
+
+    def decide(self, table: TagTable, rows: Rows, epoch: int) -> tuple[Flags, Flags]:
+        """(mirrored bool [N], vetoed bool [N]): the coin says mirror, and the tags allow it or not."""
+        wanted = self.coin.toss(table.index.image_ids[rows], epoch)
+        numbers, places = table.own_tags(rows)
+        forbidden = np.bincount(places[self.forbids[numbers]], minlength=len(rows)) > 0
+        return wanted & ~forbidden, wanted & forbidden
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """From a row to its pixels in the model's form. `max_pixels` caps width x height, checked before decoding."""
+
+    index: MetadataIndex
+    preprocess: Preprocess
+    max_pixels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, height, width) of an image in the model's form."""
+        side = self.preprocess.image_size
+        return 3, side, side
+
+    def load_into(self, row: int, memory: NDArray[np.uint8], *, mirror: bool) -> tuple[int, int]:
+        """Fill `memory`, uint8 [3, H, W], with a row's image; returns (height, width) of its content.
+
+        Raises RefusedImage for the file's own faults; errors of the storage pass through.
+        """
+        content = read_image_file(self.index.image_path(row))
+        pixels = decode_image(content, background=self.preprocess.background, max_pixels=self.max_pixels)
+        return self.preprocess.apply_into(pixels, memory, mirror=mirror)
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """What the batches of one loader have in common. `held_out`, bool over the index, is true for rows never served."""
+
+    table: TagTable
+    images: ImageSource
+    sampler: RowSampler
+    mirroring: Mirroring | None
+    held_out: Flags
+
+    @property
+    def refills(self) -> bool:
+        """Training refills a refused image's slot; validation leaves it out, or its scores would be of other images."""
+        return self.sampler.seed is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one attempt to use a row: `refused` is None where its image was used."""
+
+    path: Path
+    refused: RefusedImage | None
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """`batch` is None when every image of it was refused; `outcomes` are its attempts in a fixed order."""
+
+    batch: Batch | None
+    num_vetoed: int
+    outcomes: tuple[Outcome, ...]
+
+
+class BatchJob:
+    """One batch: samples `start` to `stop` of an epoch. A `tagger.data.prefetch.Job`."""
+
+    def __init__(
+        self, source: BatchSource, pool: BufferPool, stopping: threading.Event, epoch: int, start: int, stop: int
+    ) -> None:
+        self._source = source
+        self._stopping = stopping
+        self._epoch = epoch
+        self._start = start
+        self._rows = source.sampler.rows_at(epoch, start, stop)
+        self._mirrored, self._vetoed = self._decide(self._rows)
+        self._images, self._memory = pool.take((len(self._rows), *source.images.shape))
+        self._sizes = np.zeros((len(self._rows), 2), dtype=np.int32)
+        self._outcomes: list[Outcome | None] = [None] * len(self._rows)
+
+    @property
+    def num_items(self) -> int:
+        return len(self._rows)
+
+    def fill(self, item: int) -> None:
+        """Pixels of one item into its place, or why not. Waits for storage that fails; StorageError after an outage."""
+        self._outcomes[item] = self._prepare(item)
+
+    def finish(self) -> PreparedBatch:
+        """The batch, refused images replaced or left out."""
+        outcomes = [outcome for outcome in self._outcomes if outcome is not None]
+        usable = np.array([outcome.refused is None for outcome in outcomes])
+        if self._source.refills:
+            for item in np.flatnonzero(~usable):
+                usable[item] = self._refill(int(item), outcomes)
+        if not usable.any():
+            return PreparedBatch(None, 0, tuple(outcomes))
+        images = self._images if usable.all() else self._picked(usable)
+        rows, mirrored = self._rows[usable], self._mirrored[usable]
+        mirror_of = self._source.mirroring.mirror_of if self._source.mirroring is not None else None
+        tags, offsets = self._source.table.tags(rows, mirrored, mirror_of)
+        arrays = (tags, offsets, rows, self._sizes[usable], mirrored)
+        batch = Batch(images, *map(torch.from_numpy, arrays))
+        return PreparedBatch(batch, int(self._vetoed.sum()), tuple(outcomes))
+
+    def _picked(self, usable: Flags) -> torch.Tensor:
+        return torch.from_numpy(self._memory[usable])
+
+    def _refill(self, item: int, outcomes: list[Outcome]) -> bool:
+        """Put a stand-in in a refused image's slot; slot by slot, so that a batch holds no image twice."""
+        tried = 0
+        for attempt in range(_DISTINCT_ATTEMPTS + _MAX_ATTEMPTS):
+            row = self._source.sampler.reserve_row(self._epoch, self._start + item, attempt)
+            if attempt < _DISTINCT_ATTEMPTS and row in self._rows:
+                continue
+            one = slice(item, item + 1)
+            self._rows[item] = row
+            self._mirrored[one], self._vetoed[one] = self._decide(self._rows[one])
+            outcomes.append(self._prepare(item))
+            if outcomes[-1].refused is None:
+                return True
+            tried += 1
+            if tried == _MAX_ATTEMPTS:
+                break
+        return False
+
+    def _decide(self, rows: Rows) -> tuple[Flags, Flags]:
+        held_out = rows[self._source.held_out[rows]]
+        if held_out.size:  # not an assert statement, which -O removes
+            raise AssertionError(f"row {held_out[0]} is held out and was about to be served")
+        if self._source.mirroring is None:
+            return np.zeros(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.bool_)
+        return self._source.mirroring.decide(self._source.table, rows, self._epoch)
+
+    def _prepare(self, item: int) -> Outcome:
+        row = int(self._rows[item])
+        path = self._source.table.index.image_path(row)
+
+        def load() -> None:
+            mirror = bool(self._mirrored[item])
+            self._sizes[item] = self._source.images.load_into(row, self._memory[item], mirror=mirror)
+
+        try:
+            retry_transient(load, path, self._stopping)
+        except RefusedImage as error:
+            return Outcome(path, error)
+        return Outcome(path, None)
