@@ -56,7 +56,7 @@ class RowWriter:
     """Takes rows in their order and writes the columns of an index into a folder."""
 
     def __init__(self, folder: Path, *, with_marks: bool) -> None:
-        self.num_rows = 0
+        self._num_written = 0
         self.tags = TagNumbers()
         self._folder = folder
         self._added: list[tuple[str, tuple[str, ...], str | None]] = []
@@ -107,7 +107,7 @@ class RowWriter:
             self._columns[name].append(values)
         self._tag_lengths.append(tag_lengths)
         self._path_lengths.append(path_lengths)
-        self.num_rows += len(tag_lengths)
+        self._num_written += len(tag_lengths)
 
     def add(self, path: str, tags: Iterable[str], rating: str | None) -> None:
         """Append one row by its names: the POSIX path of its image, distinct tags, a rating of RATINGS or None."""
@@ -138,6 +138,11 @@ class RowWriter:
         }
         sizes = {column.path.name: column.close() for column in self._columns.values()}
         return sizes | {f"{name}.npy": write_column(self._folder / f"{name}.npy", extra[name]) for name in extra}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows taken so far."""
+        return self._num_written + len(self._added)
 
     @property
     def rating_counts(self) -> list[int]:
