@@ -72,8 +72,7 @@ def open_index(
     """
     index = _open_rows(roots, index_dir, extra_fields, annotations, processes, progress)
     if headers:
-        told = None if progress is None else _Of(progress, "reading image headers")
-        index.headers = read_headers(index.path, index.num_rows, index.image_paths, told)
+        index.read_headers(progress)
     return index
 
 
@@ -230,6 +229,13 @@ class MetadataIndex:
         index = cls(path, meta)
         index.headers = None if headers is None else ImageHeaders.load(headers)
         return index
+
+    def read_headers(self, progress: Progress | None = None) -> ImageHeaders:
+        """Width and height of every image, read now where a file is new or has changed; kept as `headers`."""
+        if self.headers is None:
+            told = None if progress is None else _Of(progress, "reading image headers")
+            self.headers = read_headers(self.path, self.num_rows, self.image_paths, told)
+        return self.headers
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).load, (self.path, None if self.headers is None else self.headers.path)
