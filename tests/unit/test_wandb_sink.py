@@ -1,4 +1,4 @@
-"""The trainer never waits for Weights & Biases: with a client that hangs, fails, dies, and with the real one offline."""
+"""The trainer never waits for Weights & Biases: a client that hangs, fails or dies, and the real one offline."""
 
 import json
 import logging
