@@ -22,9 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from Configuration_System import MonitorSection
 from tagger.cadence import due
 from tagger.contact_sheet import draw_sheet, make_card
+from tagger.errors import SinkError
 from tagger.run_folder import RunFolder
-from tagger.sinks import JsonlSink, PictureSink, Sink, SinkError, TensorBoardSink, WandbSink
+from tagger.sinks import JsonlSink, PictureSink, Sink, TensorBoardSink
 from tagger.system_stats import SystemStats
+from tagger.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
 from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course
+from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
@@ -63,6 +64,7 @@ class Parts:
     manager: CheckpointManager
     monitor: TrainingMonitor
     stop: StopRequest
+    alerts: Alerts
     total_steps: int
 
 
@@ -79,8 +81,8 @@ def check(config: FullConfig) -> str:
     )
 
 
-def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
-    """Everything that the loop needs, for a fresh run and for one that goes on."""
+def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts | None = None) -> Parts:
+    """Everything that the loop needs, for a fresh run and for one that goes on; without `alerts` nobody is told."""
     training = config.training
     device = resolve_device(training.device)
     seed_everything(training.seed)
@@ -154,6 +156,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
             settings=flat_values(config),
         ),
         stop=stop,
+        alerts=alerts or Alerts(None),
         total_steps=state.step + left,
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from Configuration_System import FullConfig, check_paths, load_config
 from schedulers import apply
 from start_up import Parts, build, check
+from tagger.alerts import Alerts
 from tagger.artifact import TagRow, save_artifact
 from tagger.cadence import due
 from tagger.data.windows import Window, accumulation_windows
@@ -109,7 +110,7 @@ def train(parts: Parts) -> None:
             learning_rate = config.optimizer.learning_rate * parts.schedule.factor(state.step - 1)
             monitor.log(parts.meter.read(learning_rate, state.precision.nonfinite_steps), state.step, window.epoch)
         for failure in parts.manager.poll():
-            logger.error("%s", failure)
+            tell(parts, "save failed", Ending("running", reason=str(failure)))
         monitor.advance(state.step)
 
         evaluation = None
@@ -169,6 +170,22 @@ def write_results(parts: Parts, ending: Ending) -> None:
         logger.error("%s could not be written: %s", parts.folder.results_path, error)
 
 
+def tell(parts: Parts, event: str, ending: Ending) -> None:
+    """An alert to whoever watches the run from afar, where the environment names a webhook."""
+    state, best, run = parts.state, parts.manager.best, parts.folder.name
+    code = "" if ending.exit_code is None else f" (exit code {ending.exit_code})"
+    parts.alerts.send(
+        event,
+        f"{run}: {event} at step {state.step}, {ending.status}{code}" + (f": {ending.reason}" if ending.reason else ""),
+        run=run,
+        status=ending.status,
+        exit_code=ending.exit_code,
+        reason=ending.reason,
+        step=state.step,
+        best=None if best is None else {"metric": best.metric, "value": best.value, "step": best.step},
+    )
+
+
 def write_model(parts: Parts) -> None:
     """`model/`: the best validation's weights (the average where it is kept) and all that prediction needs."""
     best = parts.manager.best
@@ -200,12 +217,16 @@ def write_model(parts: Parts) -> None:
 
 def run(config: FullConfig) -> int:
     """Train as configured, from opening the run's folder to its model; returns the exit code."""
-    with StopRequest() as stop, RunFolder.open(config.run.folder, resume=config.checkpoint.resume != "none") as folder:
+    alerts, resuming = Alerts.from_environment(), config.checkpoint.resume != "none"
+    with StopRequest() as stop, RunFolder.open(config.run.folder, resume=resuming) as folder, alerts:
         try:
-            parts = build(config, folder, stop)
+            parts = build(config, folder, stop, alerts)
         except Exception as error:
             if not isinstance(error, InputError):
                 logger.exception("the run could not start")
+            ending = diagnose(error)
+            text = f"{folder.name}: could not start: {ending.reason}"
+            alerts.send("could not start", text, run=folder.name, status=ending.status, exit_code=ending.exit_code)
             folder.discard_if_new()
             raise
         stop.watch(folder.stop_path)
@@ -228,6 +249,7 @@ def run(config: FullConfig) -> int:
             raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
         finally:
             write_results(parts, ending)
+            tell(parts, "ended", ending)
     return ending.exit_code or 0
 
 

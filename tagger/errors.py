@@ -40,6 +40,10 @@ class DivergedError(RuntimeError):
         self.row_ids = row_ids
 
 
+class SinkError(Exception):
+    """A sink could not take a value; the run goes on without it."""
+
+
 class RunFailedError(RuntimeError):
     """A run that ended badly and has said why, its traceback in train.log."""
 

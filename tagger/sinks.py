@@ -1,25 +1,21 @@
-"""Where numbers go: `metrics.jsonl` (the local truth), TensorBoard event files and Weights & Biases.
+"""Where numbers go: `metrics.jsonl` (the local truth) and TensorBoard event files; tagger/wandb_sink.py has another.
 
-Every sink raises `SinkError` or OSError for a value it could not take and stays usable; the caller counts and goes on.
+Every sink raises SinkError or OSError for a value it could not take and stays usable; the caller counts and goes on.
 Local files hold whole lines and whole records only: a write that fails half-way is taken back. On resume whatever lies
 past the resumed step is removed from the files themselves, because TensorBoard (2.21, both of its readers) goes on
 showing points that a `purge_step` event alone was meant to hide.
 """
 
-import contextlib
-import importlib
 import io
 import logging
 import os
 import re
-import secrets
 import socket
 import struct
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -34,11 +30,7 @@ logger = logging.getLogger(__name__)
 
 _RECORD_HEADER = struct.Struct("<QI")  # length of the data and a checksum of the length
 _RECORD_FOOTER = 4  # a checksum of the data
-_HISTOGRAM_BINS = 50
-
-
-class SinkError(Exception):
-    """A sink could not take a value; the run goes on without it."""
+HISTOGRAM_BINS = 50
 
 
 class Sink(ABC):
@@ -142,88 +134,6 @@ class TensorBoardSink(PictureSink):
         self._file.append(record.getvalue())
 
 
-class WandbSink(PictureSink):
-    """Weights & Biases; the package is imported here and only here, and needs no network in mode `offline`.
-
-    The identity of the W&B run is kept in `folder`, so that a resumed run continues it. W&B steps may not go back, so
-    the step is logged as a value and named the x axis. Raises SinkError from the start when W&B cannot be used.
-    """
-
-    name = "Weights & Biases"
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        project: str,
-        run_name: str,
-        mode: Literal["online", "offline"],
-        settings: Mapping[str, object],
-        resume_step: int | None = None,
-        timeout_s: float = 30.0,
-    ) -> None:
-        try:
-            self._wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            raise SinkError("the package is not installed; run 'pip install wandb'") from error
-        with _failures_named():
-            self._run: Any = self._start(folder, project, run_name, mode, settings, resume_step, timeout_s)
-
-    def _start(
-        self,
-        folder: Path,
-        project: str,
-        run_name: str,
-        mode: Literal["online", "offline"],
-        settings: Mapping[str, object],
-        resume_step: int | None,
-        timeout_s: float,
-    ) -> object:
-        identity = folder / "wandb-id"
-        if resume_step is None or not identity.is_file():
-            write_atomic(identity, secrets.token_hex(8).encode())
-        run = self._wandb.init(
-            project=project,
-            name=run_name,
-            id=identity.read_text(encoding="ascii").strip(),
-            resume="allow",
-            dir=str(folder),
-            mode=mode,
-            config=dict(settings),
-            settings=self._wandb.Settings(console="off", silent=True, init_timeout=timeout_s, x_disable_stats=True),
-        )
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def write_scalars(self, scalars: Mapping[str, float], step: int, epoch: int, wall_time: float) -> None:
-        with _failures_named():
-            self._run.log({**scalars, "step": step, "epoch": epoch, "time": wall_time})
-
-    def write_picture(self, name: str, picture: Image.Image, step: int, wall_time: float) -> None:
-        with _failures_named():
-            self._run.log({name: self._wandb.Image(picture), "step": step, "time": wall_time})
-
-    def write_histogram(self, name: str, values: np.ndarray, step: int, wall_time: float) -> None:
-        counts, edges = np.histogram(values, bins=_HISTOGRAM_BINS)
-        with _failures_named():
-            histogram = self._wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist()))
-            self._run.log({name: histogram, "step": step, "time": wall_time})
-
-    def close(self) -> None:
-        with _failures_named():
-            self._run.finish()
-
-
-@contextlib.contextmanager
-def _failures_named() -> Iterator[None]:
-    """Whatever the W&B client raises becomes a SinkError of one line."""
-    try:
-        yield
-    except Exception as error:
-        raise SinkError(" ".join(f"{type(error).__name__}: {error}".split())) from error
-
-
 class _AppendedFile:
     """A file that grows by whole pieces: a piece that does not fit is taken back, and the next one is tried anew."""
 
@@ -302,7 +212,7 @@ def _stamp_of(path: Path) -> int:
 
 
 def _histogram(values: np.ndarray) -> HistogramProto:
-    counts, edges = np.histogram(values, bins=_HISTOGRAM_BINS)
+    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS)
     return HistogramProto(
         min=float(values.min()),
         max=float(values.max()),

@@ -1,6 +1,7 @@
 """How a run ends when something goes wrong, and that going on from there is as if nothing had happened."""
 
 import errno
+import logging
 from pathlib import Path
 
 import orjson
@@ -9,12 +10,14 @@ import torch
 
 import start_up
 import train_direct
+from tagger.alerts import Alerts
 from tagger.checkpoint.writer import CheckpointWriteError
 from tagger.data import image_reader
 from tagger.data.quarantine import FileFacts
 from tagger.errors import DataFailureError, StorageError
 from tagger.optim import MuonAdamW
 from tests.integration.test_train_direct import arguments, final_state, images, losses_of, results_of, run
+from tests.webhook import CERTIFICATE, Webhook
 
 __all__ = ["images"]  # the fixture
 
@@ -185,3 +188,61 @@ def test_too_many_broken_images_end_with_their_own_code(
     monkeypatch.setattr(image_reader, "read_with_facts", lambda *_: (b"not a picture", facts))
     assert train_direct.main(arguments(images, tmp_path, "run")) == 3
     assert results_of(tmp_path / "run")["status"] == "failed"
+
+
+def test_endings_are_told_to_a_webhook_whose_address_is_nowhere(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    secret = "canary5d1f"
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    monkeypatch.setenv("TAGSMITH_ALERT_ALLOW_PRIVATE", "1")
+    with Webhook() as hook, caplog.at_level(logging.DEBUG):
+        monkeypatch.setenv("TAGSMITH_ALERT_URL", f"https://localhost:{hook.port}/{secret}")
+        run(images, tmp_path, "good", "training.num_epochs=1")
+        with monkeypatch.context() as patch:
+            patch.setattr(image_reader, "read_with_facts", lambda *_: (b"not a picture", FileFacts(13, 0)))
+            assert train_direct.main(arguments(images, tmp_path, "bad")) == 3
+        assert train_direct.main(arguments(images, tmp_path, "none", "--init-from", str(tmp_path / "nowhere"))) == 2
+    assert len(hook.received) == 3
+    good, bad, none = hook.received
+    assert (good["event"], good["run"], good["status"], good["exit_code"]) == ("ended", "good", "completed", 0)
+    assert good["step"] == 5 and set(good["best"]) == {"metric", "value", "step"}  # type: ignore[call-overload]
+    assert (bad["status"], bad["exit_code"]) == ("failed", 3) and "in a row" in str(bad["reason"])
+    assert (none["event"], none["exit_code"]) == ("could not start", 2)
+    # A webhook that is gone: one line in the log, the same exit code, and its address still nowhere.
+    run(images, tmp_path, "unheard", "training.num_epochs=1")
+    log = (tmp_path / "unheard" / "train.log").read_text(encoding="utf-8")
+    assert log.count("an alert could not be sent: ConnectionRefusedError") == 1
+    shown = capfd.readouterr()
+    assert secret not in shown.out + shown.err + caplog.text
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 20 and not [path for path in written if secret.encode() in path.read_bytes()]
+    monkeypatch.setenv("TAGSMITH_ALERT_URL", f"http://localhost/{secret}")
+    assert train_direct.main(arguments(images, tmp_path, "refused")) == 2
+    assert not (tmp_path / "refused").exists()
+    error = capfd.readouterr().err
+    assert "must be an https" in error and secret not in error
+
+
+def test_a_save_that_fails_is_told_while_the_run_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, object]] = []
+    real, calls = start_up.CheckpointManager.poll, 0
+
+    def failing_once(self: start_up.CheckpointManager) -> list[object]:
+        nonlocal calls
+        calls += 1
+        return ["the checkpoint of step 2 was not saved: No space left on device"] if calls == 3 else [*real(self)]
+
+    monkeypatch.setattr(start_up.CheckpointManager, "poll", failing_once)
+    monkeypatch.setattr(Alerts, "send", lambda _, event, *__, **values: sent.append((event, values["reason"])))
+    run(images, tmp_path, "run", "training.num_epochs=1")
+    assert sent == [
+        ("save failed", "the checkpoint of step 2 was not saved: No space left on device"),
+        ("ended", None),
+    ]

@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from Configuration_System import MonitorSection
 from Monitor_log import ThreadSafeMetricsTracker, TrainingMonitor
+from tagger.errors import SinkError
 from tagger.run_folder import RunFolder
-from tagger.sinks import SinkError, WandbSink
+from tagger.wandb_sink import WandbSink
 
 ROOT = Path(__file__).resolve().parents[2]
 

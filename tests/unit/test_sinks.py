@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tagger import sinks
 from tagger.cadence import due
-from tagger.sinks import JsonlSink, SinkError, TensorBoardSink, WandbSink
+from tagger.sinks import JsonlSink, TensorBoardSink
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -160,31 +159,6 @@ def test_event_files_sort_by_start_when_the_clock_goes_back(tmp_path: Path, monk
         TensorBoardSink(tmp_path, resume_step=0).close()
         names += [path.name for path in set(tmp_path.iterdir()) - before]
     assert names == sorted(names) and len(names) == 3
-
-
-def wandb_sink(folder: Path) -> WandbSink:
-    return WandbSink(folder, project="tests", run_name="a", mode="offline", settings={"training.seed": 1})
-
-
-def test_wandb_that_is_not_installed_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SinkError, match="pip install wandb"):
-        wandb_sink(tmp_path)
-
-
-@pytest.mark.slow
-def test_wandb_works_offline_and_a_resumed_run_keeps_its_identity(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    identities = []
-    for resume_step in (None, 5):
-        sink = WandbSink(tmp_path, project="tests", run_name="a", mode="offline", settings={}, resume_step=resume_step)
-        sink.write_scalars({"train/loss": 0.5}, 6, 0, 0.0)
-        sink.write_picture("val/samples", Image.new("RGB", (8, 8)), 6, 0.0)
-        sink.write_histogram("val/average_precision", np.array([0.1, 0.9]), 6, 0.0)
-        identities.append(sink._run.id)
-        sink.close()
-    assert identities[0] == identities[1]
-    assert any((tmp_path / "wandb").iterdir())
 
 
 @given(every=st.integers(1, 50), start=st.integers(0, 200), length=st.integers(0, 200))
