@@ -8,6 +8,8 @@ bash "$root/scripts/setup_env.sh" --dev
 cd "$root"
 # One thread each: the workers are the parallelism, and sums come out the same on any number of cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Threads that wait give their core back instead of spinning on it.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 if [ "$#" -eq 0 ]; then
     set -- -q -n auto -m "not slow"
 fi

@@ -220,6 +220,17 @@ def test_launchers_agree_with_pyproject_on_python_versions() -> None:
         assert f"not {low} <= sys.version_info[:2] <= {high}" in (ROOT / "scripts" / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["start_training.sh", "run_tests.sh", "Start_AI_Training.ps1", "run_tests.ps1"])
+def test_what_starts_torch_keeps_waiting_threads_from_spinning(name: str) -> None:
+    lines = (ROOT / "scripts" / name).read_text(encoding="utf-8").splitlines()
+    starts = max(number for number, line in enumerate(lines) if " -m " in line or "'-m'" in line or "@words" in line)
+    default = {
+        "sh": 'export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"',
+        "ps1": "if (-not $env:OMP_WAIT_POLICY) { $env:OMP_WAIT_POLICY = 'PASSIVE' }",
+    }[name.rpartition(".")[2]]
+    assert default in lines[:starts]
+
+
 def test_no_launcher_names_a_package_index() -> None:
     for path in [*POWERSHELL, *BASH, ROOT / "scripts" / "setup_env.py", ROOT / setup_env.CPU_CONSTRAINTS]:
         assert not re.search(r"https?://|\.org\b|\.com\b", path.read_text(encoding="utf-8")), path

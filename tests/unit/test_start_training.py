@@ -48,6 +48,14 @@ def test_the_child_answers_a_signal_and_the_driver_returns_its_code(tmp_path: Pa
         process.kill()
 
 
+def test_waiting_threads_of_a_step_do_not_spin_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = "import os, sys; sys.exit(['PASSIVE', 'ACTIVE'].index(os.environ['OMP_WAIT_POLICY']))"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert Step([sys.executable, "-c", child]).run() == 0
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert Step([sys.executable, "-c", child]).run() == 1
+
+
 def test_handlers_are_put_back_after_a_step() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     Step([sys.executable, "-c", ""]).run()
