@@ -28,6 +28,7 @@ from tagger.config_io import (
     read_recipe,
     require,
 )
+from tagger.output import reader_may_leave
 
 ENVIRONMENT_PREFIX = "TAGGER_"
 SMALLEST_LOSS_MARGIN = 1e-30  # held against the loss's own by a test
@@ -493,10 +494,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.action == "show":
-        print(describe(loaded))
-    else:
-        print(f"{options.file}: {len(loaded.origin)} settings, all valid")
+    with reader_may_leave():
+        valid = f"{options.file}: {len(loaded.origin)} settings, all valid"
+        print(describe(loaded) if options.action == "show" else valid)
     return 0
 
 
