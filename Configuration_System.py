@@ -480,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=("validate", "show"))
     parser.add_argument("file", type=Path, help="a recipe, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args(arguments)
     try:
         loaded = load_with_origin(options.file, options.overrides)

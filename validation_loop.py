@@ -244,7 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the JSON goes (default: evaluation.json in the run)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.roots=[/moved/images]")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.roots=[/moved/images]"
+    )
     return parser
 
 

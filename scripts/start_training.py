@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="latest|best|none|PATH", help="continue the run instead of starting it")
     parser.add_argument("--validate-only", action="store_true", help="check settings and data, train nothing")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, e.g. training.num_epochs=3"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings, e.g. training.num_epochs=3"
     )
     options = parser.parse_intermixed_args(arguments)
     resume = options.resume
