@@ -3,6 +3,12 @@
 #   bash scripts/run_tests.sh                 all but the slow tier, on every core
 #   bash scripts/run_tests.sh PYTEST_ARGS...  whatever they say, e.g. -m slow or tests/unit/test_demo_dataset.py
 set -euo pipefail
+case "${1:-}" in
+    -h | --help)
+        sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 bash "$root/scripts/setup_env.sh" --dev
 cd "$root"
