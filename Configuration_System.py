@@ -28,6 +28,7 @@ from tagger.config_io import (
     read_recipe,
     require,
 )
+from tagger.output import reader_may_leave
 
 ENVIRONMENT_PREFIX = "TAGGER_"
 PRESET_PATCH_SIZE = 16  # of every preset; the model's own table is held against it by a test
@@ -479,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=("validate", "show"))
     parser.add_argument("file", type=Path, help="a recipe, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args(arguments)
     try:
         loaded = load_with_origin(options.file, options.overrides)
@@ -488,10 +489,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.action == "show":
-        print(describe(loaded))
-    else:
-        print(f"{options.file}: {len(loaded.origin)} settings, all valid")
+    with reader_may_leave():
+        valid = f"{options.file}: {len(loaded.origin)} settings, all valid"
+        print(describe(loaded) if options.action == "show" else valid)
     return 0
 
 
