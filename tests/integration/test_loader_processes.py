@@ -108,7 +108,7 @@ def test_processes_give_the_same_bytes_as_threads_through_all_that_a_run_does(op
     assert_same(kept, epoch_of(threads, 1))
     assert loader.refusals == threads.refusals and loader.refused == 8
     assert_same(epoch_of(loader, 1), epoch_of(threads, 1))
-    assert loader._quarantine.known_bad() == threads._quarantine.known_bad() and loader._quarantine.num_files
+    assert loader.ledger.known_bad() == threads.ledger.known_bad() and loader.ledger.num_quarantined
     epoch_of(loader, 3)
     assert all(torch.equal(batch.images, copy) for (batch, _), copy in zip(kept, copies, strict=True))
     assert loader._ring.process_ids == process_ids
