@@ -5,6 +5,7 @@ Refuses unknown settings, wrong types and impossible combinations with one line 
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from tagger.config_io import (
     compose,
     describe,
     environment_layer,
+    existing_files,
     flat_values,
     fraction,
     not_negative,
@@ -88,19 +90,16 @@ class DataSection:
             num_threads=self.num_threads,
             prefetch_batches=self.prefetch_batches,
         )
-        not_negative("data", num_processes=self.num_processes)
-        not_negative("data", sampling_power=self.sampling_power, sampling_cap=self.sampling_cap)
+        not_negative("data", num_processes=self.num_processes, sampling_power=self.sampling_power)
+        cap = self.sampling_cap
         require(
-            self.sampling_cap >= 1,
-            f"data.sampling_cap={self.sampling_cap} is below 1",
-            "use the most times that one image may come as often as another, e.g. 10",
+            1 <= cap < math.inf, f"data.sampling_cap={cap} is below 1 or not finite", "10: at most 10 times as often"
         )
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
         fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
+        bits = self.near_duplicate_bits
         require(
-            0 <= self.near_duplicate_bits <= 8,
-            f"data.near_duplicate_bits={self.near_duplicate_bits} is not 0 to 8",
-            "3 finds copies that were resized, recompressed or brightened",
+            0 <= bits <= 8, f"data.near_duplicate_bits={bits} is not 0 to 8", "3 finds resized and recompressed copies"
         )
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
@@ -224,7 +223,8 @@ class LossSection:
             rating_weight=self.rating_weight,
             tag_weight_power=self.tag_weight_power,
         )
-        require(0 <= self.clip < 1, f"loss.clip={self.clip} is not in 0 <= x < 1", "0 turns the margin off")
+        good = self.clip == 0 or 1e-30 <= self.clip < 1
+        require(good, f"loss.clip={self.clip} is not 0 or 1e-30..1", "0 turns the margin off, 0.05 is usual")
 
 
 @dataclass
@@ -323,14 +323,22 @@ class CheckpointSection:
     """What is kept of a run and where it starts."""
 
     every_steps: int = 1000
+    every_minutes: float | None = None
     keep_last: int = 3
+    keep_every: int | None = None
     best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"
     resume: str = "none"
     init_from: str | None = None
     on_schedule_change: Literal["error", "rescale", "keep"] = "rescale"
 
     def __post_init__(self) -> None:
-        positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        positive(
+            "checkpoint",
+            every_steps=self.every_steps,
+            every_minutes=self.every_minutes,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+        )
         require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, none or the path of a checkpoint")
 
 
@@ -442,22 +450,16 @@ def check_paths(config: FullConfig) -> None:
         f"data.cache_dir: {cache} is not a folder (looked in {Path.cwd()})",
         "make it with `python -m scripts.build_cache`, or set it to null",
     )
-    files = {
-        "data.annotations": config.data.annotations,
-        "data.val_list": config.data.val_list,
-        "vocabulary.file": config.vocabulary.file,
-        "vocabulary.ignore_file": config.vocabulary.ignore_file,
-        "vocabulary.categories_file": config.vocabulary.categories_file,
-        "orientation.map_path": config.orientation.map_path,
-        "orientation.never_flip_file": config.orientation.never_flip_file,
-        "orientation.force_flip_file": config.orientation.force_flip_file,
-    }
-    for key, name in files.items():
-        require(
-            name is None or Path(name).is_file(),
-            f"{key}: {name} is not a file (looked in {Path.cwd()})",
-            "correct the path, or set it to null",
-        )
+    existing_files(
+        data__annotations=config.data.annotations,
+        data__val_list=config.data.val_list,
+        vocabulary__file=config.vocabulary.file,
+        vocabulary__ignore_file=config.vocabulary.ignore_file,
+        vocabulary__categories_file=config.vocabulary.categories_file,
+        orientation__map_path=config.orientation.map_path,
+        orientation__never_flip_file=config.orientation.never_flip_file,
+        orientation__force_flip_file=config.orientation.force_flip_file,
+    )
 
 
 def changed_settings(saved: Path, config: FullConfig) -> list[str]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tagger.errors import DivergedError
 from tagger.tag_lists import tag_coordinates
 
 # Scores sorted at a time: 128 MiB of float32.
@@ -84,7 +85,7 @@ class MetricComputer:
         present = _present(scores.shape, targets.detach().cpu(), None if tag_offsets is None else tag_offsets.cpu())
         if scores.size and np.isnan(scores.min()):
             row, tag = np.argwhere(np.isnan(scores))[0]
-            raise ValueError(f"logits hold NaN, first at row {row}, tag {tag}; the model has diverged")
+            raise DivergedError(f"logits hold NaN, first at row {row}, tag {tag}; the model has diverged")
         rows, tags = np.nonzero(present)
         self._scores.append(scores)
         self._positive_tags.append(tags.astype(np.int32))

@@ -95,10 +95,9 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
         None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
         EarlyStopping.from_config(training, config.checkpoint.best_metric),
     )
-    manager = CheckpointManager(
+    manager = CheckpointManager.from_config(
         folder.checkpoints_dir,
-        config.checkpoint.keep_last,
-        config.checkpoint.best_metric,
+        config.checkpoint,
         vocabulary_sha256=vocabulary.sha256,
         config_sha256=digest(replace(config, checkpoint=replace(config.checkpoint, resume="none"))),
     )
@@ -124,6 +123,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest) -> Parts:
     if resumed:
         guard.load_state_dict(saved["guard"])
         meter.load_state_dict(saved["meter"], device)
+    manager.reserve(state)
     save_yaml(config, folder.config_path)
     vocabulary.save(folder.vocabulary_path)
     compile_model(model, training.compile, device)

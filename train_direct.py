@@ -108,6 +108,8 @@ def train(parts: Parts) -> None:
         if due(state.step, config.monitor.log_every_steps):
             learning_rate = config.optimizer.learning_rate * parts.schedule.factor(state.step - 1)
             monitor.log(parts.meter.read(learning_rate, state.precision.nonfinite_steps), state.step, window.epoch)
+        for failure in parts.manager.poll():
+            logger.error("%s", failure)
         monitor.advance(state.step)
 
         evaluation = None
@@ -118,7 +120,7 @@ def train(parts: Parts) -> None:
                 stopping = state.early_stopping.update(evaluation.scalars[config.checkpoint.best_metric])
         stopping = stopping or parts.stop.requested
 
-        if evaluation is not None or due(state.step, config.checkpoint.every_steps) or stopping or last:
+        if evaluation is not None or parts.manager.due(state.step, state.seconds) or stopping or last:
             save(parts, evaluation)
 
 
@@ -133,7 +135,7 @@ def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = Fal
 def rescue(parts: Parts, error: Exception) -> None:
     """After a fatal error: save the last step boundary where it can be had back, and what the error knows."""
     parts.state.optimizer.zero_grad(set_to_none=True)
-    if isinstance(error, DivergedError):
+    if isinstance(error, DivergedError) and error.row_ids:
         images = [str(parts.train_loader.dataset.index.image_path(row)) for row in error.row_ids]
         write_json(parts.folder.diverged_path, {"step": error.step, "row_ids": error.row_ids, "images": images})
     if not parts.boundary.intact:
@@ -201,7 +203,9 @@ def run(config: FullConfig) -> int:
     with StopRequest() as stop, RunFolder.open(config.run.folder, resume=config.checkpoint.resume != "none") as folder:
         try:
             parts = build(config, folder, stop)
-        except InputError:
+        except Exception as error:
+            if not isinstance(error, InputError):
+                logger.exception("the run could not start")
             folder.discard_if_new()
             raise
         stop.watch(folder.stop_path)
@@ -254,6 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except RunFailedError as error:
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename or config.run.folder}: {error.strerror or error}", file=sys.stderr)
+        return diagnose(error).exit_code or 1
     print(f"run: {config.run.folder}")
     return code
 

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -19,19 +18,20 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from Configuration_System import OptimizerSection, TrainingSection
+from Configuration_System import CheckpointSection, OptimizerSection, TrainingSection
 from tagger.checkpoint.format import (
     CheckpointError,
     Json,
     LoadedCheckpoint,
     Tensors,
-    encode_state,
     read_manifest,
     read_part,
 )
-from tagger.checkpoint.snapshot import HostSnapshot, SnapshotPool, capture_random_state, restore_random_state
-from tagger.checkpoint.store import BestRecord, CheckpointStore, higher_is_better, is_better
-from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointWriteError
+from tagger.checkpoint.retention import SavePolicy
+from tagger.checkpoint.saver import CheckpointSaver
+from tagger.checkpoint.snapshot import capture_random_state, restore_random_state
+from tagger.checkpoint.store import CheckpointStore, higher_is_better, is_better
+from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointWriteError, SaveFailure
 from tagger.compilation import CompileMode, compile_blocks
 from tagger.devices import PrecisionMode, autocast_dtype, resolve_device
 from tagger.ema import ExponentialMovingAverage
@@ -45,6 +45,7 @@ from tagger.optim import (
     MuonAdamW,
     load_optimizer,
     optimizer_settings,
+    optimizer_stand_ins,
     optimizer_tensors,
     parameter_names,
 )
@@ -59,6 +60,8 @@ __all__ = [
     "EarlyStopping",
     "ExponentialMovingAverage",
     "MixedPrecisionTrainer",
+    "SaveFailure",
+    "SavePolicy",
     "TrainState",
     "Weights",
     "compile_model",
@@ -323,15 +326,35 @@ class TrainState:
         values["early_stopping"] = None if self.early_stopping is None else self.early_stopping.state_dict()
         return tensors, values
 
+    def stand_ins(self) -> dict[str, Tensors]:
+        """Tensors of the forms that `snapshot_parts` has after the first update, when the optimizer has its state."""
+        parts: dict[str, Tensors] = {
+            "model": named_tensors(self.model),
+            "optimizer": optimizer_stand_ins(self.optimizer, parameter_names(self.model)),
+        }
+        return parts if self.ema is None else {**parts, "ema": self.ema.state_dict()}
+
     def restore(self, loaded: LoadedCheckpoint) -> None:
         """Become the state that was saved, in place: what follows is what would have followed.
 
-        Settings stay this run's own. Raises InputError where the checkpoint is of another model or optimizer.
+        Settings stay this run's own. Raises InputError where the checkpoint is of another model or optimizer, or its
+        values are not those of a run; what is half restored then must not be trained on.
         """
+        try:
+            self._restore(loaded)
+        except InputError:
+            raise
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {loaded.path}: state.json was not written by this program ({type(error).__name__} {error})"
+            ) from error
+
+    def _restore(self, loaded: LoadedCheckpoint) -> None:
         values = cast(Mapping[str, Any], loaded.state)
-        missing = [name for name in (*_COUNTERS, *_VALUES) if name not in values]
-        if missing or values["step"] != loaded.step:
-            what = f"lacks {missing[0]}" if missing else "is of another step than its manifest"
+        rules = {**_COUNTERS, **_VALUES}
+        wrong = [name for name, valid in rules.items() if name not in values or not valid(values[name])]
+        if wrong or values["step"] != loaded.step:
+            what = f"has no valid {wrong[0]}" if wrong else "is of another step than its manifest"
             raise CheckpointError(f"checkpoint {loaded.path}: state.json {what}; it was not written by this program")
         load_tensors(named_tensors(self.model), loaded.tensors["model"], f"{loaded.path}: the weights")
         optimizer_state = loaded.tensors.get("optimizer", {})
@@ -359,25 +382,38 @@ class TrainState:
             self.ema.load_state_dict(saved, num_updates)
 
 
-_COUNTERS = ("step", "epoch", "position", "samples_seen", "seconds", "extra")
-_VALUES = ("optimizer", "precision", "random", "ema_updates", "early_stopping")
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-@dataclass(frozen=True)
-class _Save:
-    """A snapshot on its way to the disk; `value` is the metric of one that became the best when it was taken."""
-
-    step: int
-    snapshot: HostSnapshot
-    state: bytes
-    value: float | None
+def _is_position(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_count(each) for each in value.values()))
 
 
-class CheckpointManager:
-    """A run's checkpoints: saved in the background, verified, the newest `keep_last` and the best one kept.
+# The fields of `TrainState` that are plain values, and what a file may give them.
+_COUNTERS: dict[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "epoch": _is_count,
+    "position": _is_position,
+    "samples_seen": _is_count,
+    "seconds": lambda value: isinstance(value, int | float) and value >= 0,
+    "extra": lambda value: isinstance(value, dict),
+}
+# What else `snapshot_parts` writes.
+_VALUES: dict[str, Callable[[object], bool]] = {
+    "optimizer": lambda value: isinstance(value, dict),
+    "precision": lambda value: isinstance(value, dict),
+    "random": lambda value: isinstance(value, dict),
+    "ema_updates": lambda value: value is None or _is_count(value),
+    "early_stopping": lambda value: value is None or isinstance(value, dict),
+}
 
-    One at a time for a folder (the run's lock sees to that); others read with `tagger.checkpoint.store`. `best_metric`
-    is the name under which `save` is given the value that decides; names ending in "loss" are better lower.
+
+class CheckpointManager(CheckpointSaver):
+    """A run's checkpoints: `TrainState` saved in the background at its step boundaries, and what is kept of it.
+
+    `best_metric` is the name under which `save` is given the value that decides; names ending in "loss" are better
+    lower. The rest is `CheckpointSaver`'s and `SavePolicy`'s.
     """
 
     def __init__(
@@ -386,80 +422,49 @@ class CheckpointManager:
         keep_last: int,
         best_metric: str,
         *,
+        keep_every: int | None = None,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
         vocabulary_sha256: str | None = None,
         config_sha256: str | None = None,
     ) -> None:
-        self._store = CheckpointStore(folder, keep_last, best_metric, vocabulary_sha256, config_sha256)
-        self._best_value = None if self._store.best is None else self._store.best.value
-        self._pool = SnapshotPool()
-        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(self._write, self._release)
+        policy = SavePolicy(keep_last, keep_every, every_steps, every_minutes)
+        super().__init__(CheckpointStore(folder, policy, best_metric, vocabulary_sha256, config_sha256))
 
-    @property
-    def best(self) -> BestRecord | None:
-        """The best checkpoint on disk by `best_metric`."""
-        return self._store.best
+    @classmethod
+    def from_config(
+        cls, folder: Path, section: CheckpointSection, *, vocabulary_sha256: str, config_sha256: str
+    ) -> "CheckpointManager":
+        """As the recipe asks for."""
+        return cls(
+            folder,
+            section.keep_last,
+            section.best_metric,
+            keep_every=section.keep_every,
+            every_steps=section.every_steps,
+            every_minutes=section.every_minutes,
+            vocabulary_sha256=vocabulary_sha256,
+            config_sha256=config_sha256,
+        )
+
+    def reserve(self, state: TrainState) -> None:
+        """Allocate the memory of snapshots before training, so that the first save holds it up no longer than others.
+
+        Twice the size of the state: what is being written, and what waits while the disk is slow.
+        """
+        self.reserve_memory(state.stand_ins())
 
     def save(self, state: TrainState, metrics: Mapping[str, float] | None = None, *, wait: bool = False) -> None:
         """Save at a step boundary; returns when the state is copied, with `wait` when it is on disk.
 
-        The checkpoint also becomes the best one if `metrics` holds `best_metric` and it is better. Raises the error of
-        an earlier save (CheckpointWriteError) when this one is under way.
+        The checkpoint also becomes the best one if `metrics` holds `best_metric` and it is better. Raises
+        CheckpointWriteError with `wait` alone; `poll` tells of every failure.
         """
         tensors, values = state.snapshot_parts()
-        encoded = encode_state(values)
-        value = None if metrics is None else metrics.get(self._store.best_metric)
-        if value is not None and self._store.is_better(value, self._best_value):
-            self._best_value = value
-        else:
-            value = None
-        save = _Save(state.step, self._pool.capture(tensors), encoded, value)
-        try:
-            self._writer.submit(save, frozenset({"last"} if value is None else {"last", "best"}))
-        finally:
-            if wait:
-                self._writer.flush()
-
-    def _write(self, save: _Save) -> None:
-        try:
-            self._store.commit(save.step, save.snapshot.tensors, save.state, save.value)
-        except BaseException:
-            # What did not reach the disk must not stand in the way of the next best one.
-            self._best_value = None if self._store.best is None else self._store.best.value
-            raise
-        finally:
-            self._release(save)
-
-    def _release(self, save: _Save) -> None:
-        self._pool.release(save.snapshot)
-
-    def load(self, which: str = "latest") -> LoadedCheckpoint | None:
-        """Load "latest", "best" or the checkpoint at a path, verified; None where there is none yet.
-
-        Saves under way are waited for. In place of a broken one the newest good one is loaded, with a warning. Raises
-        CheckpointError where none is usable, or where it belongs to another vocabulary.
-        """
-        self._writer.flush()
-        return self._store.load(which)
-
-    def check(self) -> None:
-        """Raise CheckpointWriteError if a save has failed since the last call; cheap enough for every step."""
-        self._writer.check()
-
-    def lag_s(self) -> float:
-        """Seconds since the oldest save that is not on disk yet; 0 when all are."""
-        return self._writer.lag_s()
-
-    def close(self) -> None:
-        """Wait until every save is on disk, however long it takes; raises CheckpointWriteError if one failed."""
-        self._writer.close()
-
-    def __enter__(self) -> "CheckpointManager":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        score = None if metrics is None else metrics.get(self.best_metric)
+        self.submit(state.step, state.seconds, tensors, values, score)
+        if wait:
+            self.flush()
 
 
 class Weights(NamedTuple):

@@ -24,7 +24,8 @@ from loss_functions import MultiTaskLoss, TagLoss, create_loss
 from model_architecture import SimplifiedTagger, create_model
 from tagger.artifact import load_artifact
 from tagger.batch import Batch
-from tagger.errors import InputError
+from tagger.endings import diagnose
+from tagger.errors import DivergedError, InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
@@ -257,11 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(run / "config.yaml", options.overrides, environment={})
         check_paths(config)
         evaluation, vocabulary, name = evaluate_weights(config, run, options.checkpoint, options.weights == "ema")
-    except InputError as error:
+        output = options.output or run / "evaluation.json"
+        write_json(output, report(evaluation, vocabulary, name))
+    except (InputError, DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    output = options.output or run / "evaluation.json"
-    write_json(output, report(evaluation, vocabulary, name))
+        return diagnose(error).exit_code or 1
     Console().print(as_table(evaluation, vocabulary, name))
     print(f"every tag's average precision: {output}")
     return 0

@@ -36,9 +36,23 @@ def require(condition: bool, found: str, remedy: str) -> None:
 
 
 def positive(section: str, **values: float | None) -> None:
-    """Each setting of `section` is above 0 (None passes)."""
+    """Each setting of `section` is finite and above 0 (None passes)."""
     for key, value in values.items():
-        require(value is None or value > 0, f"{section}.{key}={value} is not above 0", "use a positive number")
+        require(
+            value is None or (value > 0 and math.isfinite(value)),
+            f"{section}.{key}={value} is not above 0 or not finite",
+            "use a positive number",
+        )
+
+
+def existing_files(**names: str | None) -> None:
+    """Each is a file (None passes); in the names of settings two underscores stand for the dot."""
+    for key, name in names.items():
+        require(
+            name is None or Path(name).is_file(),
+            f"{key.replace('__', '.')}: {name} is not a file (looked in {Path.cwd()})",
+            "correct the path, or set it to null",
+        )
 
 
 def not_negative(section: str, **values: float | None) -> None:

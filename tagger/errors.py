@@ -30,10 +30,11 @@ class StorageError(RuntimeError):
 class DivergedError(RuntimeError):
     """Updates that had to be left out because they were not finite; the weights are those of before.
 
-    `step` counts the updates before the first one of the series, `row_ids` are the images of the last one.
+    `step` counts the updates up to the last bad one, `row_ids` are its images; both are empty where no single update
+    is known to be the cause.
     """
 
-    def __init__(self, message: str, step: int, row_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: str, step: int | None = None, row_ids: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.step = step
         self.row_ids = row_ids

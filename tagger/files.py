@@ -15,6 +15,10 @@ class FormatError(InputError):
     """A file that this version cannot read; the message names it and says what to do."""
 
 
+class NewerFormatError(FormatError):
+    """A whole file of a newer program: not broken, so nothing may be put in its place."""
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content` so that a reader sees the old file or the new one, never a part (fsync, rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ def read_json(path: Path, kind: str, format_version: int) -> dict[str, Any]:
     if not isinstance(found, int) or found < 1:
         raise FormatError(f"{kind} {path} has no format_version; it was not written by this program")
     if found > format_version:
-        raise FormatError(
+        raise NewerFormatError(
             f"{kind} {path} has format_version {found}, this program reads up to {format_version}; update the program"
         )
     return content

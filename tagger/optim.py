@@ -239,6 +239,26 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
     }
 
 
+def optimizer_stand_ins(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """Tensors of the forms of `optimizer_tensors` once every parameter has been moved, counters aside.
+
+    State is made by the first update; until then each parameter stands for its own.
+    """
+    matrices = {id(p) for group in _muon_groups(optimizer) for p in group["params"]}
+    return {
+        f"{names[id(p)]}/{key}": p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key in (("momentum_buffer",) if id(p) in matrices else ("exp_avg", "exp_avg_sq"))
+    }
+
+
+def _muon_groups(optimizer: torch.optim.Optimizer) -> list[Group]:
+    if isinstance(optimizer, MuonAdamW):
+        return optimizer.muon.param_groups
+    return optimizer.param_groups if isinstance(optimizer, Muon) else []
+
+
 def optimizer_settings(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
     """The kind of optimizer and, for each group, its parameters' names and settings, as JSON values.
 

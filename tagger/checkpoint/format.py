@@ -7,11 +7,13 @@
                          file, and its own sha256
 
 Nothing is pickled, and a reader follows no path that a checkpoint names. Refuses a folder whose manifest or files are
-not byte for byte what was written (CheckpointError), and one written by a newer program (FormatError).
+not byte for byte what was written, or hold numbers that are not finite (CheckpointError), and one written by a newer
+program (FormatError).
 """
 
 import hashlib
 import json
+import math
 import re
 import stat
 from collections.abc import Mapping
@@ -26,18 +28,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tagger.errors import InputError
-from tagger.files import FormatError, read_json
+from tagger.files import FormatError, NewerFormatError, read_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 TENSOR_PARTS = ("model", "ema", "optimizer", "rng")
+_FINITE_PARTS = ("model", "ema", "optimizer")
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 _FILES = (*(f"{part}.safetensors" for part in TENSOR_PARTS), STATE_FILE)
-_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
+_NAME = re.compile(r"step-(\d{9,18})(?:-(\d{1,9}))?", re.ASCII)
 _CHUNK_BYTES = 16 << 20
 _LARGEST_MANIFEST_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,7 +75,8 @@ class FileEntry:
 class Manifest:
     """What a checkpoint folder must hold. `sequence` counts the checkpoints of a run in the order they were written.
 
-    Steps alone do not order them: a run that goes back to an earlier checkpoint passes the same steps again.
+    Steps alone do not order them: a run that goes back to an earlier checkpoint passes the same steps again. `value` is
+    that of the deciding metric, by name, where the step was scored, so that the best one is known without its record.
     """
 
     step: int
@@ -80,6 +84,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     vocabulary_sha256: str | None = None
     config_sha256: str | None = None
+    metric: str | None = None
+    value: float | None = None
 
     def encode(self) -> bytes:
         """The one byte string of this manifest; it ends in the sha256 of what comes before."""
@@ -106,6 +112,11 @@ class LoadedCheckpoint:
 def checkpoint_name(step: int, copy: int = 1) -> str:
     """Folder name of a checkpoint; `copy` tells apart several of the same step."""
     return f"step-{step:09d}" if copy == 1 else f"step-{step:09d}-{copy}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint; never true of anything with a path in it."""
+    return _NAME.fullmatch(name) is not None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -157,7 +168,7 @@ def encode_state(state: Mapping[str, Json]) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest alone; the files that it lists are not looked at."""
     path = folder / MANIFEST_FILE
-    size = _regular_size(path)
+    size = regular_size(path)
     if size > _LARGEST_MANIFEST_BYTES:
         raise CheckpointError(f"checkpoint {folder} is broken: {MANIFEST_FILE} has {size} bytes")
     try:
@@ -169,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("it is not what was written")
         version = content["format_version"]
         if version > FORMAT_VERSION:
-            raise FormatError(
+            raise NewerFormatError(
                 f"checkpoint {folder} has format_version {version}, this program reads up to {FORMAT_VERSION}; "
                 "update the program"
             )
@@ -180,6 +191,8 @@ def read_manifest(folder: Path) -> Manifest:
             files=files,
             vocabulary_sha256=_optional_text(content["vocabulary_sha256"]),
             config_sha256=_optional_text(content["config_sha256"]),
+            metric=_optional_text(content.get("metric")),
+            value=_optional_number(content.get("value")),
         )
     except FormatError:
         raise
@@ -209,16 +222,21 @@ def _check_manifest(folder: Path, manifest: Manifest) -> None:
 def verify_checkpoint(folder: Path) -> Manifest:
     """Check every file against the manifest (size, sha256) and return it. Raises CheckpointError at the first fault."""
     manifest = read_manifest(folder)
-    for name in manifest.files:
-        _verify_file(folder, name, manifest.files[name])
+    for name, entry in manifest.files.items():  # all sizes before the first content, which may take minutes to hash
+        _verify_size(folder, name, entry)
+    for name, entry in manifest.files.items():
+        _verify_content(folder, name, entry)
     return manifest
 
 
-def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
-    path = folder / name
-    size = _regular_size(path)
+def _verify_size(folder: Path, name: str, entry: FileEntry) -> None:
+    size = regular_size(folder / name)
     if size != entry.size:
         raise CheckpointError(f"checkpoint {folder} is broken: {name} has {size} bytes instead of {entry.size}")
+
+
+def _verify_content(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
     try:
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -233,7 +251,10 @@ def read_checkpoint(folder: Path) -> LoadedCheckpoint:
     manifest = verify_checkpoint(folder)
     parts = [part for part in TENSOR_PARTS if f"{part}.safetensors" in manifest.files]
     tensors = {part: _load_tensors(folder, part) for part in parts}
-    state = cast(dict[str, Json], read_json(folder / STATE_FILE, "checkpoint state", FORMAT_VERSION))
+    try:
+        state = cast(dict[str, Json], read_json(folder / STATE_FILE, "checkpoint state", FORMAT_VERSION))
+    except FormatError as error:
+        raise CheckpointError(f"checkpoint {folder} is broken: {error}") from error
     return LoadedCheckpoint(folder, manifest, tensors, state)
 
 
@@ -243,7 +264,8 @@ def read_part(folder: Path, part: str) -> tuple[Manifest, Tensors]:
     name = f"{part}.safetensors"
     if name not in manifest.files:
         raise CheckpointError(f"checkpoint {folder} holds no {name}")
-    _verify_file(folder, name, manifest.files[name])
+    _verify_size(folder, name, manifest.files[name])
+    _verify_content(folder, name, manifest.files[name])
     return manifest, _load_tensors(folder, part)
 
 
@@ -251,12 +273,34 @@ def _load_tensors(folder: Path, part: str) -> Tensors:
     path = folder / f"{part}.safetensors"
     try:
         # Clones own their memory: a loaded file stays mapped as long as one of its tensors lives.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder} is broken: {path.name} is not safetensors ({error})") from error
+    bad = None if part not in _FINITE_PARTS else first_nonfinite(tensors)
+    if bad is not None:
+        raise CheckpointError(f"checkpoint {folder} is broken: {bad} in {path.name} is not finite")
+    return tensors
 
 
-def _regular_size(path: Path) -> int:
+def first_nonfinite(tensors: Tensors) -> str | None:
+    """Name of the first tensor that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def refuse_nonfinite(parts: Mapping[str, Tensors], step: int) -> None:
+    """Raise CheckpointError where weights, averages or optimizer state are not finite."""
+    for part in _FINITE_PARTS:
+        bad = first_nonfinite(parts.get(part, {}))
+        if bad is not None:
+            raise CheckpointError(
+                f"{bad} ({part}) is not finite at step {step}: not saved, earlier checkpoints stay as they are"
+            )
+
+
+def regular_size(path: Path) -> int:
     """Size in bytes; refuses links, pipes and devices, which could lead elsewhere or never end."""
     try:
         status = path.lstat()
@@ -281,3 +325,9 @@ def _optional_text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise ValueError(f"expected text, found {value!r}")
+
+
+def _optional_number(value: object) -> float | None:
+    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"expected a number, found {value!r}")

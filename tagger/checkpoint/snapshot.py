@@ -1,7 +1,7 @@
 """Training state copied to host memory, so that training goes on while it is written; and the state of randomness.
 
-Buffers are pinned where the state lies on CUDA and are used again: the first save pays for their memory, later ones
-only for the copy.
+Buffers are pinned where the state lies on CUDA and are used again. Memory that is touched for the first time costs more
+than the copy itself, so that it is better reserved before the first save.
 """
 
 import random
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from tagger.checkpoint.format import CheckpointError, Json, Tensors
 
-_Buffers: TypeAlias = dict[tuple[str, str], Tensor]
+# What makes two buffers interchangeable: shape, type, and whether the memory is pinned.
+_Form: TypeAlias = tuple[torch.Size, torch.dtype, bool]
+_Buffers: TypeAlias = dict[_Form, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -35,37 +37,57 @@ class SnapshotPool:
     """Makes snapshots and keeps their memory for the next ones. Safe to use from several threads.
 
     Holds as many sets of buffers as there were snapshots alive at once: one where writing keeps up with saving, one
-    more for each save that waits.
+    more for each save that waits. A tensor takes any free buffer of its shape and type.
     """
 
     def __init__(self) -> None:
-        self._free: list[_Buffers] = []
+        self._free: _Buffers = {}
         self._lock = threading.Lock()
+
+    def reserve(self, parts: Mapping[str, Tensors], sets: int = 2) -> None:
+        """Allocate and touch the memory of that many snapshots of tensors like these, whose values are not read.
+
+        Two are what saving needs at most while the disk is slow: the one being written and the one that waits.
+        """
+        for _ in range(sets):
+            for tensors in parts.values():
+                for tensor in tensors.values():
+                    buffer = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                    self._give_back(buffer.fill_(0))
 
     def capture(self, parts: Mapping[str, Tensors]) -> HostSnapshot:
         """Copy device or host tensors; returns when the copy is complete."""
-        with self._lock:
-            free = self._free.pop() if self._free else {}
-        buffers: _Buffers = {}
         devices: set[torch.device] = set()
+        copies: dict[str, dict[str, Tensor]] = {}
         for part, tensors in parts.items():
+            copies[part] = {}
             for name, tensor in tensors.items():
-                buffer = free.pop((part, name), None)
-                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffer = self._take(tensor)
                 buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-                buffers[part, name] = buffer
+                copies[part][name] = buffer
                 if tensor.is_cuda:
                     devices.add(tensor.device)
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        return HostSnapshot({part: {name: buffers[part, name] for name in parts[part]} for part in parts})
+        return HostSnapshot(copies)
 
     def release(self, snapshot: HostSnapshot) -> None:
         """Take back the memory of a snapshot that nobody reads any more."""
-        buffers = {(part, name): t for part, tensors in snapshot.tensors.items() for name, t in tensors.items()}
+        for tensors in snapshot.tensors.values():
+            for buffer in tensors.values():
+                self._give_back(buffer)
+
+    def _take(self, tensor: Tensor) -> Tensor:
         with self._lock:
-            self._free.append(buffers)
+            free = self._free.get((tensor.shape, tensor.dtype, tensor.is_cuda))
+            if free:
+                return free.pop()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+    def _give_back(self, buffer: Tensor) -> None:
+        form = (buffer.shape, buffer.dtype, buffer.is_pinned())
+        with self._lock:
+            self._free.setdefault(form, []).append(buffer)
 
 
 def capture_random_state(device: torch.device) -> tuple[Tensors, dict[str, Json]]:

@@ -1,18 +1,16 @@
 """The checkpoints of one run: which is newest, which is best, which go. Readers need no lock; a run has one writer.
 
 `last.json` and `best.json` name checkpoints for people and tools. They are replaced after what they name is complete,
-so the newest checkpoint is found by its manifest's sequence number and not through them. A broken checkpoint is never
-used and never deleted.
+so the newest checkpoint is found by its manifest's sequence number, and the best one, where its record is lost, by the
+scores in the manifests. A broken checkpoint is never used and never deleted.
 """
 
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from tagger.checkpoint.format import (
     MANIFEST_FILE,
@@ -20,13 +18,23 @@ from tagger.checkpoint.format import (
     LoadedCheckpoint,
     Manifest,
     Tensors,
+    is_checkpoint_name,
     list_checkpoints,
     read_checkpoint,
     read_manifest,
+    refuse_nonfinite,
+    regular_size,
     verify_checkpoint,
 )
-from tagger.checkpoint.writer import CheckpointContent, remove_checkpoint, remove_temporaries, write_checkpoint
-from tagger.files import FormatError, read_json, write_json
+from tagger.checkpoint.retention import SavePolicy
+from tagger.checkpoint.writer import (
+    CheckpointContent,
+    fsync_folder,
+    remove_checkpoint,
+    remove_temporaries,
+    write_checkpoint,
+)
+from tagger.files import FormatError, NewerFormatError, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +72,24 @@ def read_best(folder: Path) -> BestRecord | None:
     path = folder / BEST_FILE
     if not path.exists():
         return None
+    _refuse_irregular(path)
     content = read_json(path, "record of the best checkpoint", FORMAT_VERSION)
     try:
-        return BestRecord(
+        record = BestRecord(
             str(content["checkpoint"]), str(content["metric"]), float(content["value"]), int(content["step"])
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"record of the best checkpoint {path} is incomplete ({error}); delete it") from error
+        raise FormatError(f"record of the best checkpoint {path} is incomplete ({error})") from error
+    if not is_checkpoint_name(record.checkpoint):
+        raise FormatError(f"record of the best checkpoint {path} names {record.checkpoint!r}, which is none")
+    return record
+
+
+def _refuse_irregular(path: Path) -> None:
+    try:
+        regular_size(path)
+    except CheckpointError as error:
+        raise FormatError(f"record {path} is not a regular file") from error
 
 
 def write_best(folder: Path, record: BestRecord) -> None:
@@ -105,6 +124,59 @@ def newest_first(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[Checkp
     return whole, broken
 
 
+def find_best(
+    folder: Path, candidates: Sequence[tuple[Path, Manifest]], metric: str | None = None
+) -> BestRecord | None:
+    """The best checkpoint by its record and, where that is lost, wrong or behind, by the scores in the manifests.
+
+    `candidates` as `newest_first` gives them. `metric`: the one to choose by; None is that of the record or of the
+    newest score. What is wrong with the record is logged. Raises NewerFormatError for one of a newer program.
+    """
+    manifests = {path.name: manifest for path, manifest in candidates}
+    record: BestRecord | None = None
+    try:
+        record = read_best(folder)
+        fault = None if record is None else _fault_of(record, manifests, metric)
+    except NewerFormatError:
+        raise
+    except FormatError as error:
+        fault = str(error)
+    if record is not None and fault is None:
+        found = _best_by_manifests(candidates, record.metric)
+        higher = higher_is_better(record.metric)
+        # A crash after a better checkpoint was written, before it was recorded, leaves the record behind.
+        return found if found is not None and is_better(found.value, record.value, higher=higher) else record
+    found = _best_by_manifests(candidates, metric)
+    if fault is not None:
+        then = "the best starts afresh" if found is None else f"by its score {found.checkpoint} is the best"
+        logger.warning("%s: %s", fault, then)
+    return found
+
+
+def _fault_of(record: BestRecord, manifests: Mapping[str, Manifest], metric: str | None) -> str | None:
+    name = record.checkpoint
+    if metric not in (None, record.metric):
+        return f"the best checkpoint ({name}) was chosen by {record.metric}, this run chooses by {metric}"
+    if name not in manifests:
+        return f"the best checkpoint ({name}) is gone or broken"
+    manifest = manifests[name]
+    if manifest.value is not None and (manifest.metric, manifest.value) != (record.metric, record.value):
+        return f"{BEST_FILE} says {record.metric} {record.value} of {name}, its manifest {manifest.value}"
+    return None
+
+
+def _best_by_manifests(candidates: Sequence[tuple[Path, Manifest]], metric: str | None) -> BestRecord | None:
+    best: BestRecord | None = None
+    scored = [(path, m) for path, m in candidates if m.metric is not None and m.value is not None]
+    wanted = metric if metric is not None or not scored else scored[0][1].metric
+    for path, manifest in reversed(scored):
+        if manifest.metric != wanted or wanted is None or manifest.value is None:
+            continue
+        if is_better(manifest.value, None if best is None else best.value, higher=higher_is_better(wanted)):
+            best = BestRecord(path.name, wanted, manifest.value, manifest.step)
+    return best
+
+
 def load_checkpoint(folder: Path, which: str) -> LoadedCheckpoint | None:
     """Load "latest", "best", or the checkpoint at a path (or of that name in `folder`), verified.
 
@@ -116,7 +188,7 @@ def load_checkpoint(folder: Path, which: str) -> LoadedCheckpoint | None:
     candidates, broken = newest_first(folder)
     faults = [str(error) for error in broken]
     paths = [path for path, _ in candidates]
-    wanted = _wanted(folder, which, paths)
+    wanted = _wanted(folder, which, candidates)
     if which == "best" and wanted in paths:
         paths = [wanted, *(path for path in paths if path != wanted)]
     found: LoadedCheckpoint | None = None
@@ -148,82 +220,50 @@ def _named(folder: Path, which: str) -> Path:
     return path
 
 
-def _wanted(folder: Path, which: str, paths: list[Path]) -> Path | None:
+def _wanted(folder: Path, which: str, candidates: Sequence[tuple[Path, Manifest]]) -> Path | None:
     """The checkpoint that the records name; None where they name none, or one that the newest has overtaken."""
     if which == "best":
-        record = read_best(folder)
-        if record is None and paths:
+        record = find_best(folder, candidates)
+        if record is None and candidates:
             logger.warning("no checkpoint in %s is marked best yet; the newest one is used", folder)
         return folder / record.checkpoint if record is not None else None
     try:
+        _refuse_irregular(folder / LAST_FILE)
         name = str(read_json(folder / LAST_FILE, "record of the last checkpoint", FORMAT_VERSION)["checkpoint"])
     except (FormatError, KeyError):
         return None
     # A crash between writing a checkpoint and writing last.json leaves the latter one behind; that is no fault.
-    return None if folder / name in paths else folder / name
-
-
-def prune(folder: Path, keep_last: int) -> list[Path]:
-    """Delete all but the newest `keep_last` steps and the best checkpoint; returns what went.
-
-    Only after the newest is known to be good. Several checkpoints of one step count once, the newest standing.
-    """
-    record = read_best(folder)
-    candidates, _ = newest_first(folder)
-    kept: set[int] = set()
-    removed: list[Path] = []
-    for path, manifest in candidates:
-        if len(kept) < keep_last and manifest.step not in kept:
-            kept.add(manifest.step)
-        elif record is None or path.name != record.checkpoint:
-            remove_checkpoint(path)
-            removed.append(path)
-    return removed
+    return None if not is_checkpoint_name(name) or name in {path.name for path, _ in candidates} else folder / name
 
 
 class CheckpointStore:
     """The writer's side of a folder of checkpoints. Everything but `commit` belongs to the thread that made it.
 
-    Refuses to commit weights that are not finite, and to load a checkpoint of another vocabulary.
+    Refuses to commit a state that is not finite, and to load a checkpoint of another vocabulary. `best` is the best
+    checkpoint on disk, `commits` counts those that were written and read back, `newest_step` is the step of the last.
     """
 
     def __init__(
         self,
         folder: Path,
-        keep_last: int,
+        policy: SavePolicy,
         best_metric: str,
         vocabulary_sha256: str | None = None,
         config_sha256: str | None = None,
     ) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last={keep_last} is below 1; the newest checkpoint is always kept")
         self.folder = folder
-        self.keep_last = keep_last
+        self.policy = policy
         self.best_metric = best_metric
         self.vocabulary_sha256 = vocabulary_sha256
         self.config_sha256 = config_sha256
         stray = remove_temporaries(folder)
         if stray:
-            logger.info("%s: removed %d unfinished checkpoint(s) of an interrupted run", folder, stray)
-        self._next_sequence = 1 + max((manifest.sequence for _, manifest in newest_first(folder)[0]), default=0)
-        self.best = self._recorded_best()
-
-    def _recorded_best(self) -> BestRecord | None:
-        record = read_best(self.folder)
-        if record is None:
-            return None
-        if record.metric != self.best_metric:
-            logger.warning(
-                "the best checkpoint (%s) was chosen by %s, this run chooses by %s: the best starts afresh",
-                record.checkpoint,
-                record.metric,
-                self.best_metric,
-            )
-            return None
-        if not (self.folder / record.checkpoint).is_dir():
-            logger.warning("the best checkpoint (%s) is gone: the best starts afresh", record.checkpoint)
-            return None
-        return record
+            logger.info("%s: removed %d unfinished file(s) of an interrupted run", folder, stray)
+        candidates, _ = newest_first(folder)
+        self._next_sequence = 1 + max((manifest.sequence for _, manifest in candidates), default=0)
+        self.best = find_best(folder, candidates, best_metric)
+        self.commits = 0
+        self.newest_step: int | None = None
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether a value of the deciding metric beats another."""
@@ -232,28 +272,58 @@ class CheckpointStore:
     def commit(self, step: int, tensors: Mapping[str, Tensors], state: bytes, value: float | None = None) -> Path:
         """Write a checkpoint, read it back, record it, and only then delete what has become old.
 
-        `value` of the deciding metric makes it the best one where it beats the best on disk.
+        `value` of the deciding metric makes it the best one where it beats the best on disk. An error after `commits`
+        has grown is one of the records or of deleting: the checkpoint itself is safe.
         """
         started = time.monotonic()
-        for part in ("model", "ema"):
-            _refuse_nonfinite(tensors.get(part, {}), step)
+        refuse_nonfinite(tensors, step)
+        scored = value is not None and math.isfinite(value)
         content = CheckpointContent(
-            step, self._next_sequence, tensors, state, self.vocabulary_sha256, self.config_sha256
+            step,
+            self._next_sequence,
+            tensors,
+            state,
+            self.vocabulary_sha256,
+            self.config_sha256,
+            self.best_metric if scored else None,
+            value if scored else None,
         )
-        path = write_checkpoint(self.folder, content)
         self._next_sequence += 1
+        path = write_checkpoint(self.folder, content)
         verify_checkpoint(path)
+        self.commits += 1
+        self.newest_step = step
         is_best = value is not None and self.is_better(value, None if self.best is None else self.best.value)
         if value is not None and is_best:
-            record = BestRecord(path.name, self.best_metric, value, step)
-            write_best(self.folder, record)
-            self.best = record
-        write_last(self.folder, path, step)
-        prune(self.folder, self.keep_last)
+            self.best = BestRecord(path.name, self.best_metric, value, step)
+        try:
+            self._record(path, step)
+        finally:
+            self._prune()  # also where the records failed: on a full disk this is what makes room
         logger.info(
             "saved %s%s in %.1f s", path.name, ", the best so far," if is_best else "", time.monotonic() - started
         )
         return path
+
+    def _record(self, path: Path, step: int) -> None:
+        if self.best is not None and self.best != self._best_on_disk():
+            write_best(self.folder, self.best)
+        write_last(self.folder, path, step)
+        # The names must be durable before what the old ones stood for goes.
+        fsync_folder(self.folder)
+
+    def _best_on_disk(self) -> BestRecord | None:
+        try:
+            return read_best(self.folder)
+        except FormatError:
+            return None
+
+    def _prune(self) -> None:
+        """Delete what the policy lets go. The newest checkpoint has been read back when this is called."""
+        protected = {record.checkpoint for record in (self.best, self._best_on_disk()) if record is not None}
+        candidates, _ = newest_first(self.folder)
+        for name in self.policy.removable([(path.name, manifest.step) for path, manifest in candidates], protected):
+            remove_checkpoint(self.folder / name)
 
     def load(self, which: str) -> LoadedCheckpoint | None:
         """`load_checkpoint` of this folder, for a run of this vocabulary; a changed configuration is logged."""
@@ -269,11 +339,3 @@ class CheckpointStore:
         if loaded.manifest.config_sha256 != self.config_sha256:
             logger.info("the configuration differs from the one that %s was saved with", loaded.path.name)
         return loaded
-
-
-def _refuse_nonfinite(tensors: Tensors, step: int) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{name} is not finite at step {step}: not saved, earlier checkpoints stay as they are"
-            )

@@ -8,6 +8,7 @@ a temporary folder, which the next start removes.
 import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -16,12 +17,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from tagger.checkpoint.format import (
     MANIFEST_FILE,
     STATE_FILE,
+    CheckpointError,
     FileEntry,
     Manifest,
     Tensors,
@@ -32,11 +33,28 @@ from tagger.checkpoint.format import (
 logger = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".tmp-"
+_RECORD = re.compile(r"\.(last|best)\.json\..*\.tmp$")  # as tagger.files.write_atomic names them
 T = TypeVar("T")
 
 
 class CheckpointWriteError(RuntimeError):
     """A save that did not reach the disk; `__cause__` is what happened (an OSError for a full disk)."""
+
+
+@dataclass(frozen=True)
+class SaveFailure:
+    """A save that failed in the background; an OSError for a full disk.
+
+    `on_disk`: the checkpoint itself is whole, and what failed are its records or the deletion of older ones.
+    """
+
+    step: int
+    error: Exception
+    on_disk: bool
+
+    def __str__(self) -> str:
+        what = "is saved, but not its records" if self.on_disk else "was not saved"
+        return f"the checkpoint of step {self.step} {what}: {self.error}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,8 @@ class CheckpointContent:
     state: bytes
     vocabulary_sha256: str | None = None
     config_sha256: str | None = None
+    metric: str | None = None
+    value: float | None = None
 
 
 def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
@@ -64,7 +84,13 @@ def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
             files[f"{part}.safetensors"] = _write_tensor_file(temporary / f"{part}.safetensors", tensors)
         files[STATE_FILE] = _write_bytes(temporary / STATE_FILE, content.state)
         manifest = Manifest(
-            content.step, content.sequence, files, content.vocabulary_sha256, content.config_sha256
+            content.step,
+            content.sequence,
+            files,
+            content.vocabulary_sha256,
+            content.config_sha256,
+            content.metric,
+            content.value,
         ).encode()
         _write_bytes(temporary / MANIFEST_FILE, manifest)
         fsync_folder(temporary)
@@ -117,14 +143,22 @@ def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint so that no crash leaves a part of it under its name."""
     doomed = path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}-{secrets.token_hex(4)}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    if doomed.is_symlink():
+        doomed.unlink()  # what it leads to is not ours
+    else:
+        shutil.rmtree(doomed)
+
+
+def list_temporaries(folder: Path) -> list[Path]:
+    """What writes and deletions that are under way, or were interrupted, keep in a folder of checkpoints."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.name.startswith(TEMPORARY_PREFIX) or _RECORD.match(path.name)]
 
 
 def remove_temporaries(folder: Path) -> int:
     """Delete what interrupted writes and deletions left; returns how many. Only for the folder's one writer."""
-    if not folder.is_dir():
-        return 0
-    stray = [path for path in folder.iterdir() if path.name.startswith(TEMPORARY_PREFIX)]
+    stray = list_temporaries(folder)
     for path in stray:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -138,10 +172,11 @@ class AsyncCheckpointWriter(Generic[T]):
 
     Each item is submitted for some purposes. While the writer is busy, items wait; one that waits is dropped (given to
     `discard`) as soon as a newer one serves all its purposes. So with purposes {"last"} and {"last", "best"} at most
-    two wait however slow the disk is, and a best one is dropped for a better one only.
+    two wait however slow the disk is, and a best one is dropped for a better one only. An item that has a purpose to
+    itself is never dropped.
 
-    An error of `write` is kept and raised as CheckpointWriteError by the next call; later items are written all the
-    same.
+    An error of `write` is logged and stops nothing: later items are written all the same. `flush` and `close` raise
+    that of the newest item, whose state is then not on disk.
     """
 
     def __init__(self, write: Callable[[T], None], discard: Callable[[T], None] | None = None) -> None:
@@ -156,32 +191,31 @@ class AsyncCheckpointWriter(Generic[T]):
         self._thread.start()
 
     def submit(self, item: T, purposes: frozenset[str] = frozenset({"last"})) -> None:
-        """Accept an item without waiting for the disk. An earlier item's error is raised after this one is accepted."""
+        """Accept an item without waiting for the disk."""
+        self.supersede(purposes)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the checkpoint writer is closed; nothing more can be saved through it")
-            dropped = [each for each in self._waiting if each[1] <= purposes]
-            self._waiting = deque(each for each in self._waiting if not each[1] <= purposes)
             self._waiting.append((item, purposes, time.monotonic()))
             self._changed.notify_all()
+
+    def supersede(self, purposes: frozenset[str]) -> None:
+        """Drop what an item for these purposes takes the place of; before it is made, its memory can then be theirs."""
+        with self._changed:
+            dropped = [each for each in self._waiting if each[1] <= purposes]
+            self._waiting = deque(each for each in self._waiting if not each[1] <= purposes)
         for old, _, _ in dropped:
             logger.info("the disk is slow: a waiting checkpoint gives way to a newer one")
             if self._discard is not None:
                 self._discard(old)
-        self.check()
-
-    def check(self) -> None:
-        """Raise the error of an earlier item, once."""
-        with self._changed:
-            error, self._error = self._error, None
-        if error is not None:
-            raise CheckpointWriteError(f"a checkpoint could not be written: {error}") from error
 
     def flush(self) -> None:
-        """Wait until everything accepted so far is written, then `check`."""
+        """Wait until everything accepted so far is written; raises CheckpointWriteError if the newest was not."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and self._busy_since is None)
-        self.check()
+            error = self._error
+        if error is not None:
+            raise CheckpointWriteError(f"the newest checkpoint could not be written: {error}") from error
 
     def lag_s(self) -> float:
         """Seconds since the oldest unfinished item was submitted; 0 when all is written."""
@@ -192,20 +226,12 @@ class AsyncCheckpointWriter(Generic[T]):
         return time.monotonic() - min(times) if times else 0.0
 
     def close(self) -> None:
-        """Write what waits, however long it takes, end the thread, then `check`. A second call only checks."""
+        """Write what waits, however long it takes, and end the thread; raises as `flush` does, each time."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self.check()
-
-    def __enter__(self) -> "AsyncCheckpointWriter[T]":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        self.flush()
 
     def _run(self) -> None:
         while True:
@@ -214,13 +240,14 @@ class AsyncCheckpointWriter(Generic[T]):
                 if not self._waiting:
                     return
                 item, _, self._busy_since = self._waiting.popleft()
+            failure: Exception | None = None
             try:
                 self._write(item)
-            except Exception as error:  # handed over: the training thread's next call raises it
-                logger.error("a checkpoint could not be written: %s", error)
-                with self._changed:
-                    self._error = self._error or error
-            finally:
-                with self._changed:
-                    self._busy_since = None
-                    self._changed.notify_all()
+            except Exception as error:  # handed over: flush and close raise it
+                expected = isinstance(error, OSError | CheckpointError)
+                logger.error("a checkpoint could not be written: %s", error, exc_info=not expected)
+                failure = error.with_traceback(None)  # its frames hold the whole state
+            with self._changed:
+                self._error = failure
+                self._busy_since = None
+                self._changed.notify_all()

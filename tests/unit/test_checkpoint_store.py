@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tagger.checkpoint import format as checkpoint_format
+from tagger.checkpoint import store as checkpoint_store
 from tagger.checkpoint import writer as checkpoint_writer
 from tagger.checkpoint.format import CheckpointError, encode_state, list_checkpoints, verify_checkpoint
-from tagger.checkpoint.store import CheckpointStore, load_checkpoint, read_best
-from tagger.files import read_json
+from tagger.checkpoint.retention import SavePolicy
+from tagger.checkpoint.store import CheckpointStore, load_checkpoint, newest_first, read_best
+from tagger.checkpoint.writer import remove_checkpoint
+from tagger.files import FormatError, read_json
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -26,7 +29,7 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def store(folder: Path, keep_last: int = 3, metric: str = "val/mAP") -> CheckpointStore:
-    return CheckpointStore(folder, keep_last, metric)
+    return CheckpointStore(folder, SavePolicy(keep_last), metric)
 
 
 def commit(target: CheckpointStore, step: int, value: float | None = None) -> Path:
@@ -110,7 +113,7 @@ def test_a_good_checkpoint_loads_without_a_warning(tmp_path: Path, caplog: pytes
     commit(target, 2, value=0.4)
     with caplog.at_level(logging.WARNING):
         assert weight(tmp_path) == 2.0 and weight(tmp_path, "best") == 1.0
-    assert caplog.text == ""
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_nothing_usable_is_never_a_silent_fresh_start(tmp_path: Path) -> None:
@@ -141,9 +144,9 @@ def test_best_without_a_record_is_the_newest_and_says_so(tmp_path: Path, caplog:
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    commit(CheckpointStore(tmp_path, 3, "val/mAP", vocabulary_sha256="a" * 64), 1)
+    commit(CheckpointStore(tmp_path, SavePolicy(3), "val/mAP", vocabulary_sha256="a" * 64), 1)
     with pytest.raises(CheckpointError, match="another vocabulary"):
-        CheckpointStore(tmp_path, 3, "val/mAP", vocabulary_sha256="b" * 64).load("latest")
+        CheckpointStore(tmp_path, SavePolicy(3), "val/mAP", vocabulary_sha256="b" * 64).load("latest")
 
 
 def test_best_is_compared_with_the_same_metric_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -176,7 +179,7 @@ def test_a_value_that_is_not_finite_is_never_best(tmp_path: Path, value: float, 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     target = store(tmp_path, keep_last=1)
     commit(target, 1)
-    with pytest.raises(CheckpointError, match="w is not finite at step 2"):
+    with pytest.raises(CheckpointError, match=r"w \(model\) is not finite at step 2"):
         target.commit(2, tensors(float("nan")), encode_state({}))
     assert weight(tmp_path) == 1.0
 
@@ -198,27 +201,142 @@ def test_a_checkpoint_that_reads_back_wrong_deletes_nothing(tmp_path: Path, monk
     assert weight(tmp_path) == weight(tmp_path, "best") == 1.0
 
 
+def test_a_better_checkpoint_that_a_crash_left_unrecorded_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = store(tmp_path)
+    commit(target, 1, 0.5)
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_store, "write_json", dies)
+        patch.setattr(CheckpointStore, "_prune", dies)
+        with pytest.raises(KeyboardInterrupt):
+            commit(target, 2, 0.9)
+    record = read_best(tmp_path)
+    assert record is not None and record.step == 1
+    assert weight(tmp_path, "best") == 2.0
+    again = store(tmp_path, keep_last=1)
+    assert again.best is not None and again.best.step == 2
+    commit(again, 3, 0.7)
+    record = read_best(tmp_path)
+    assert record is not None and record.step == 2 and weight(tmp_path, "best") == 2.0
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"format_version": 1, "checkpoint": "step-000000002"}', None])
+def test_a_lost_record_of_the_best_is_made_again_from_the_scores(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes | None
+) -> None:
+    target = store(tmp_path)
+    for step, value in ((1, 0.2), (2, 0.8), (3, 0.5)):
+        commit(target, step, value)
+    if damaged is None:
+        (tmp_path / "best.json").unlink()
+    else:
+        (tmp_path / "best.json").write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        again = store(tmp_path, keep_last=1)
+    assert again.best is not None and (again.best.step, again.best.value) == (2, 0.8)
+    assert ("by its score step-000000002 is the best" in caplog.text) == (damaged is not None)
+    commit(again, 4, 0.6)
+    assert {path.name for path in list_checkpoints(tmp_path)} == {"step-000000002", "step-000000004"}
+    record = read_best(tmp_path)
+    assert record is not None and record.step == 2
+
+
+def test_a_record_with_another_score_than_the_checkpoints_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(store(tmp_path), 1, 0.5)
+    data = (tmp_path / "best.json").read_bytes()
+    (tmp_path / "best.json").write_bytes(data.replace(b"0.5", b"0.9"))
+    assert store(tmp_path).best == read_best_of(tmp_path, data)
+    assert "best.json says val/mAP 0.9" in caplog.text
+
+
+def read_best_of(folder: Path, data: bytes) -> object:
+    (folder / "best.json").write_bytes(data)
+    return read_best(folder)
+
+
+def test_a_record_of_a_newer_program_is_refused(tmp_path: Path) -> None:
+    commit(store(tmp_path), 1, 0.5)
+    (tmp_path / "best.json").write_bytes(b'{"format_version": 9}')
+    with pytest.raises(FormatError, match="format_version 9, this program reads up to 1"):
+        store(tmp_path)
+
+
+def test_history_is_kept_beside_the_newest_and_the_best(tmp_path: Path) -> None:
+    target = CheckpointStore(tmp_path, SavePolicy(keep_last=2, keep_every=10), "val/mAP")
+    for step in range(1, 36):
+        commit(target, step, 0.9 if step == 7 else 0.1)
+    kept = [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path)]
+    assert kept == [7, 10, 20, 30, 34, 35]
+
+
+@given(
+    steps=st.lists(st.integers(0, 30), max_size=30),
+    keep_last=st.integers(1, 4),
+    keep_every=st.none() | st.integers(1, 7),
+    protected=st.sets(st.integers(0, 29)),
+)
+def test_what_may_go_is_neither_new_nor_history_nor_protected(
+    steps: list[int], keep_last: int, keep_every: int | None, protected: set[int]
+) -> None:
+    """The rule in other words: by the newest checkpoint of each step alone."""
+    policy = SavePolicy(keep_last, keep_every)
+    named = [(str(number), step) for number, step in enumerate(steps)]
+    stand: dict[int, str] = {}
+    for name, step in named:
+        stand.setdefault(step, name)
+    kept = set(list(stand.values())[:keep_last]) | {str(number) for number in protected}
+    if keep_every is not None:
+        kept |= {name for step, name in stand.items() if step > 0 and step % keep_every == 0}
+    expected = [name for name, _ in named if name not in kept]
+    assert policy.removable(named, {str(number) for number in protected}) == expected
+
+
+@pytest.mark.parametrize("rule", ["keep_last", "keep_every", "every_steps", "every_minutes"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_policy_that_keeps_nothing_is_refused(rule: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{rule}={value} is "):
+        SavePolicy(**{rule: value})
+
+
 class Retention(RuleBasedStateMachine):
-    """Any order of saves, crashes and restarts, against a list: the newest N and the best are there, and load."""
+    """Any order of saves, failures, crashes and restarts, against a list: newest, best and history are there, and load.
+
+    Deletions are watched: when one happens, the newest checkpoint is whole.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(os, "fsync", lambda _: None)  # the order is held by another test
+        self.patch.setattr(checkpoint_store, "remove_checkpoint", self.watched_removal)
         self.saved: list[tuple[int, float | None]] = []
         self.step = 0
+        self.unpruned = self.unrecorded = False
 
-    @initialize(keep_last=st.integers(1, 3))
-    def start(self, keep_last: int) -> None:
-        self.keep_last = keep_last
-        self.store = store(self.folder, keep_last)
+    def watched_removal(self, path: Path) -> None:
+        newest = newest_first(self.folder)[0][0][0]
+        assert verify_checkpoint(newest).step == self.step and path != newest
+        remove_checkpoint(path)
+
+    @initialize(keep_last=st.integers(1, 3), keep_every=st.none() | st.integers(2, 4))
+    def start(self, keep_last: int, keep_every: int | None) -> None:
+        self.policy = SavePolicy(keep_last, keep_every)
+        self.restart()
 
     @rule(advance=st.integers(0, 3), value=st.none() | st.sampled_from([0.1, 0.2, 0.3, float("nan")]))
     def save(self, advance: int, value: float | None) -> None:
         self.step += advance
         commit(self.store, self.step, value)
         self.saved.append((self.step, value))
+        self.unpruned = self.unrecorded = False
 
     @precondition(lambda self: self.saved)
     @rule(back=st.integers(1, 3))
@@ -229,14 +347,43 @@ class Retention(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         (self.folder / ".tmp-stray").mkdir(exist_ok=True)
-        self.store = store(self.folder, self.keep_last)
+        self.store = CheckpointStore(self.folder, self.policy, "val/mAP")
 
     @rule()
-    def crash_while_writing(self) -> None:
+    def lose_the_record_of_the_best(self) -> None:
+        (self.folder / "best.json").unlink(missing_ok=True)
+        self.restart()
+        self.unrecorded = True  # until the next save
+
+    @rule(value=st.sampled_from([0.1, 0.9]))
+    def fail_while_writing(self, value: float) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
             with pytest.raises(OSError, match="gone"):
-                commit(self.store, self.step, 0.9)
+                commit(self.store, self.step, value)
+
+    @rule(advance=st.integers(0, 2), value=st.none() | st.sampled_from([0.15, 0.25]))
+    def die_before_the_records(self, advance: int, value: float | None) -> None:
+        """As a kill does: neither records nor deletions happen, and then the process starts again."""
+        self.step += advance
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CheckpointStore, "_record", lambda *_: None)
+            patch.setattr(CheckpointStore, "_prune", lambda *_: None)
+            commit(self.store, self.step, value)
+        self.saved.append((self.step, value))
+        self.restart()
+        self.unpruned = self.unrecorded = True
+
+    @rule(value=st.none() | st.sampled_from([0.12, 0.22]))
+    def save_with_failing_records(self, value: float | None) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                checkpoint_store, "write_json", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+            )
+            with pytest.raises(OSError, match="full"):
+                commit(self.store, self.step, value)
+        self.saved.append((self.step, value))
+        self.unpruned = self.unrecorded = True  # what the record on disk still names is kept
 
     @invariant()
     def newest_and_best_are_there(self) -> None:
@@ -253,17 +400,22 @@ class Retention(RuleBasedStateMachine):
         for step, value in self.saved:
             if value is not None and value == value and (best is None or value > best[1]):
                 best = (step, value)
-        kept = set(steps[: self.keep_last]) | ({best[0]} if best else set())
-        assert {verify_checkpoint(self.folder / name).step for name in names} == kept
+        every = self.policy.keep_every
+        history = {step for step in steps if every is not None and step > 0 and step % every == 0}
+        kept = set(steps[: self.policy.keep_last]) | history | ({best[0]} if best else set())
+        found = {verify_checkpoint(self.folder / name).step for name in names}
+        assert found >= kept if self.unpruned else found == kept
         if best:
-            record = read_best(self.folder)
-            assert record is not None and (record.step, record.value) == best
-            assert record.checkpoint in names
+            assert self.store.best is not None and (self.store.best.step, self.store.best.value) == best
+            assert self.store.best.checkpoint in names
+            assert weight(self.folder, "best") == float(best[0])
+            if not self.unrecorded:
+                assert read_best(self.folder) == self.store.best
 
     def teardown(self) -> None:
         self.patch.undo()
         shutil.rmtree(self.folder)
 
 
-Retention.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
-test_retention_keeps_the_newest_and_the_best = Retention.TestCase
+Retention.TestCase.settings = settings(max_examples=20, stateful_step_count=14, deadline=None)
+test_retention_keeps_the_newest_the_best_and_history = Retention.TestCase

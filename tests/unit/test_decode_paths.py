@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -137,8 +138,9 @@ def test_a_damaged_file_that_the_fast_decoder_takes_is_as_pillow_sees_it(
     try:
         fast, slow = stored(kind, bytes(content))
     except Exception:  # Pillow refuses it: then nothing else may take it
-        fast = {"PNG": decode_lossless.decode_png, "WebP": decode_lossless.decode_webp}[kind](bytes(content), TEAL, CAP)
-        assert fast is None
+        with contextlib.suppress(DecodeError):  # a canvas above the cap
+            decoder = {"PNG": decode_lossless.decode_png, "WebP": decode_lossless.decode_webp}[kind]
+            assert decoder(bytes(content), TEAL, CAP) is None
         return
     if fast is not None:
         np.testing.assert_array_equal(fast[0], slow[0])

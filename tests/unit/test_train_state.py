@@ -1,5 +1,6 @@
 """Resuming is bitwise exact, and what a run saves is never lost, mixed up or changed behind its back."""
 
+import dataclasses
 import random
 import typing
 from pathlib import Path
@@ -188,6 +189,33 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         new_state("muon", ema=False).restore(loaded)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", 4),
+        ("epoch", "2"),
+        ("epoch", -1),
+        ("position", [1]),
+        ("position", {"batch": "x"}),
+        ("samples_seen", True),
+        ("seconds", None),
+        ("extra", None),
+        ("optimizer", 5),
+        ("optimizer", {"kind": "AdamW", "groups": [{}]}),
+        ("precision", []),
+        ("random", None),
+        ("random", {"numpy": "abc", "python": [3, None]}),
+        ("early_stopping", {"metric": "val/mAP"}),
+        ("ema_updates", "many"),
+    ],
+)
+def test_values_that_no_run_writes_are_refused_by_one_line(tmp_path: Path, key: str, value: object) -> None:
+    loaded = saved_checkpoint(tmp_path, new_state())
+    forged = dataclasses.replace(loaded, state={**loaded.state, key: value})
+    with pytest.raises(InputError, match="checkpoint"):
+        new_state().restore(forged)
+
+
 def test_ema_that_comes_or_goes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     without, with_ema = new_state(ema=False), new_state(ema=True)
     train(without, 2)
@@ -238,13 +266,12 @@ def test_load_sees_every_save_so_far(tmp_path: Path) -> None:
     assert loaded is not None and loaded.step == 5
 
 
-def test_a_full_disk_is_reported_once_and_the_next_save_succeeds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tagger.checkpoint import writer
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+
+def test_a_failed_save_is_told_once_and_the_next_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tagger.checkpoint import writer
 
     state = new_state()
     manager = CheckpointManager(tmp_path, 2, "val/mAP")
@@ -255,25 +282,107 @@ def test_a_full_disk_is_reported_once_and_the_next_save_succeeds(
         train(state, 1)
         with pytest.raises(CheckpointWriteError, match="No space left"):
             manager.save(state, scores(0.9), wait=True)
+        train(state, 1)
+        manager.save(state)  # says nothing: nothing waits for it
+        manager.load()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    manager.check()
+    failures = manager.poll()
+    assert [(failure.step, failure.on_disk) for failure in failures] == [(1, False), (2, False)]
+    assert all(isinstance(failure.error, OSError) and failure.error.errno == 28 for failure in failures)
+    assert "step 1 was not saved: [Errno 28] No space left" in str(failures[0])
+    assert manager.poll() == [] and manager.num_failures == 2 and manager.saved_step == 0
     train(state, 1)
     manager.save(state, scores(0.5), wait=True)  # better than what is on disk, if not than what was lost
-    assert manager.best is not None and manager.best.value == 0.5
+    assert manager.best is not None and manager.best.value == 0.5 and manager.saved_step == 3
     manager.close()
 
 
 def test_a_failed_last_save_is_raised_by_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tagger.checkpoint import store
 
-    def gone(*_: object) -> None:
-        raise OSError(5, "Input/output error")
-
     manager = CheckpointManager(tmp_path, 2, "val/mAP")
-    monkeypatch.setattr(store, "write_checkpoint", gone)
+    monkeypatch.setattr(store, "write_checkpoint", full)
     manager.save(new_state())
-    with pytest.raises(CheckpointWriteError, match="Input/output error"):
+    with pytest.raises(CheckpointWriteError, match="No space left"):
         manager.close()
+
+
+def test_a_failed_last_save_does_not_hide_what_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tagger.checkpoint import store
+
+    monkeypatch.setattr(store, "write_checkpoint", full)
+    with pytest.raises(KeyError, match="the reason"), CheckpointManager(tmp_path, 2, "val/mAP") as manager:
+        manager.save(new_state())
+        raise KeyError("the reason")
+    assert "the newest checkpoint could not be written: [Errno 28]" in caplog.text
+
+
+def test_records_that_fail_are_told_but_the_state_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tagger.checkpoint import store
+
+    state = new_state()
+    with CheckpointManager(tmp_path, 1, "val/mAP") as manager:
+        manager.save(state, scores(0.3), wait=True)
+        train(state, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_json", full)
+            manager.save(state, scores(0.7), wait=True)
+        assert [(failure.step, failure.on_disk) for failure in manager.poll()] == [(1, True)]
+        assert manager.saved_step == 1 and manager.best is not None and manager.best.step == 1
+        # best.json still names step 0, which is therefore still there
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000000", "step-000000001"]
+        train(state, 1)
+        manager.save(state, scores(0.5), wait=True)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000001", "step-000000002"]
+    with CheckpointManager(tmp_path, 1, "val/mAP") as manager:
+        assert manager.best is not None and manager.best.step == 1
+
+
+def test_saving_is_due_by_steps_history_and_minutes(tmp_path: Path) -> None:
+    state = new_state()
+    rules = {"every_steps": 10, "keep_every": 25, "every_minutes": 0.5}
+    with CheckpointManager(tmp_path, 1, "val/mAP", **rules) as manager:  # type: ignore[arg-type]
+        assert [step for step in range(60) if manager.due(step, 0.0)] == [10, 20, 25, 30, 40, 50]
+        assert not manager.due(3, 29.9) and manager.due(3, 30.0) and not manager.due(0, 30.0)
+        state.step, state.seconds = 3, 31.0
+        manager.save(state)
+        assert not manager.due(4, 60.9) and manager.due(4, 61.0)
+        assert not manager.due(4, -1e9)
+    with CheckpointManager(tmp_path, 1, "val/mAP", **rules) as manager:  # type: ignore[arg-type]
+        assert manager.due(4, 40.0)  # nothing loaded: a run of its own
+        manager.load()
+        assert not manager.due(4, 60.9) and manager.due(4, 61.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("ema", [True, False])
+def test_stand_ins_have_the_forms_of_the_state_after_a_step(name: typing.Literal["adamw", "muon"], ema: bool) -> None:
+    state = new_state(name, ema)
+
+    def forms(parts: dict) -> dict:
+        return {
+            (part, key): (tensor.shape, tensor.dtype)
+            for part, tensors in parts.items()
+            for key, tensor in tensors.items()
+            if part != "rng" and (part != "optimizer" or tensor.ndim > 0)
+        }
+
+    expected = forms(state.stand_ins())
+    train(state, 1)
+    assert forms(state.snapshot_parts()[0]) == expected
+
+
+def test_the_first_save_is_made_in_reserved_memory(tmp_path: Path) -> None:
+    state = new_state()
+    with CheckpointManager(tmp_path, 1, "val/mAP") as manager:
+        manager.reserve(state)
+        buffers = [b for form, buffers in manager._pool._free.items() if len(form[0]) > 1 for b in buffers]
+        train(state, 1)
+        manager.save(state, wait=True)
+        again = [b for form, buffers in manager._pool._free.items() if len(form[0]) > 1 for b in buffers]
+    assert {b.data_ptr() for b in again} == {b.data_ptr() for b in buffers}
 
 
 def test_a_position_that_changes_after_saving_is_not_in_the_checkpoint(tmp_path: Path) -> None:

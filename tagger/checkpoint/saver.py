@@ -1,0 +1,155 @@
+"""Saving in the background without losing anything silently: snapshot, queue, store and the failures, as one.
+
+A save that fails ends no run: `poll` tells of it from the next step on, and the saves that follow are tried all the
+same. Only the newest state not being on disk at the end is an error, of `close`.
+"""
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+from tagger.checkpoint.format import Json, LoadedCheckpoint, Tensors, encode_state
+from tagger.checkpoint.snapshot import HostSnapshot, SnapshotPool
+from tagger.checkpoint.store import BestRecord, CheckpointStore
+from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointWriteError, SaveFailure
+
+logger = logging.getLogger(__name__)
+
+Self = TypeVar("Self", bound="CheckpointSaver")
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A snapshot on its way to the disk; `score` is that of the deciding metric where the step has one."""
+
+    step: int
+    snapshot: HostSnapshot
+    state: bytes
+    score: float | None
+
+
+class CheckpointSaver:
+    """The background side of a store. One at a time for a folder; used by one training thread.
+
+    `num_failures` counts all failures so far, those that `poll` has told of included.
+    """
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
+        self._best_score = None if store.best is None else store.best.value
+        self._pool = SnapshotPool()
+        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(self._write, self._release)
+        self._failures: deque[SaveFailure] = deque()
+        self._saved_at_s = 0.0
+        self.num_failures = 0
+
+    @property
+    def best_metric(self) -> str:
+        """Name of the metric that decides."""
+        return self._store.best_metric
+
+    @property
+    def best(self) -> BestRecord | None:
+        """The best checkpoint on disk by `best_metric`."""
+        return self._store.best
+
+    @property
+    def saved_step(self) -> int | None:
+        """Step of the newest checkpoint written here that is on disk, read back; None before the first."""
+        return self._store.newest_step
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Whether to save after `step` updates and `seconds` of training, the clock that `submit` is given."""
+        return self._store.policy.due(step, seconds - self._saved_at_s)
+
+    def reserve_memory(self, parts: Mapping[str, Tensors]) -> None:
+        """Allocate and touch the memory that saving tensors like these takes, twice their size."""
+        self._pool.reserve(parts)
+
+    def submit(
+        self,
+        step: int,
+        seconds: float,
+        parts: Mapping[str, Tensors],
+        state: Mapping[str, Json],
+        score: float | None = None,
+    ) -> None:
+        """Save tensors and JSON values as they are now; returns when they are copied, however slow the disk is."""
+        encoded = encode_state(state)
+        purposes = {"last"}
+        if score is not None and self._store.is_better(score, self._best_score):
+            self._best_score = score
+            purposes.add("best")
+        if self._store.policy.is_history(step):
+            purposes.add(f"history of step {step}")
+        # First, so that the copy goes into the memory of the one that would wait in vain.
+        self._writer.supersede(frozenset(purposes))
+        self._writer.submit(_Save(step, self._pool.capture(parts), encoded, score), frozenset(purposes))
+        self._saved_at_s = seconds
+
+    def _write(self, save: _Save) -> None:
+        commits = self._store.commits
+        try:
+            self._store.commit(save.step, save.snapshot.tensors, save.state, save.score)
+        except Exception as error:
+            # What did not reach the disk must not stand in the way of the next best one.
+            self._best_score = None if self._store.best is None else self._store.best.value
+            failure = SaveFailure(save.step, error, on_disk=self._store.commits > commits)
+            self.num_failures += 1
+            self._failures.append(failure)
+            if not failure.on_disk:
+                raise
+            logger.error("%s", failure)
+            error.__traceback__ = None  # its frames hold the whole state
+        finally:
+            self._release(save)
+
+    def _release(self, save: _Save) -> None:
+        self._pool.release(save.snapshot)
+
+    def poll(self) -> list[SaveFailure]:
+        """The failures since the last call, oldest first; cheap enough for every step."""
+        return [self._failures.popleft() for _ in range(len(self._failures))]
+
+    def load(self, which: str = "latest") -> LoadedCheckpoint | None:
+        """Load "latest", "best" or the checkpoint at a path, verified; None where there is none yet.
+
+        Saves under way are waited for. In place of a broken one the newest good one is loaded, with a warning. Raises
+        CheckpointError where none is usable, or where it belongs to another vocabulary.
+        """
+        with contextlib.suppress(CheckpointWriteError):  # `poll` tells of it; what is on disk is what there is to load
+            self.flush()
+        loaded = self._store.load(which)
+        seconds = None if loaded is None else loaded.state.get("seconds")
+        if isinstance(seconds, int | float):
+            self._saved_at_s = float(seconds)
+        return loaded
+
+    def lag_s(self) -> float:
+        """Seconds since the oldest save that is not on disk yet; 0 when all are."""
+        return self._writer.lag_s()
+
+    def flush(self) -> None:
+        """Wait until every save so far is on disk; raises CheckpointWriteError where the newest is not."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """`flush`, however long it takes, and end the thread."""
+        self._writer.close()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointWriteError as lost:
+            if error is None:
+                raise
+            logger.error("%s", lost)  # the error that ended the run says more
