@@ -253,8 +253,10 @@ def waiting_loader(scratch: Path, num_processes: int) -> DataLoader:
     return loader
 
 
-def mean_step(model: EagerModel, batches: Iterator[Batch], loader: DataLoader | None, num_steps: int) -> float:
-    """Seconds of a step from batch to batch, without those blocked for want of one; the prepared ones go first."""
+def mean_step(
+    model: EagerModel, batches: Iterator[Batch], loader: DataLoader | None, num_steps: int
+) -> tuple[float, float]:
+    """(seconds from batch to batch, without those blocked for want of one; images a second). Prepared ones go first."""
     for _ in range(PREFETCH):
         next(batches)
         model.step()
@@ -262,8 +264,9 @@ def mean_step(model: EagerModel, batches: Iterator[Batch], loader: DataLoader | 
     for _ in range(num_steps):
         next(batches)
         model.step()
+    elapsed = time.perf_counter() - started
     blocked = loader.wait_seconds - waited if loader else 0.0
-    return (time.perf_counter() - started - blocked) / num_steps
+    return (elapsed - blocked) / num_steps, num_steps * LOOP_BATCH / elapsed
 
 
 def measure_main_loop(scratch: Path, num_rounds: int, num_steps: int) -> tuple[dict[str, list[float]], float]:
@@ -275,14 +278,14 @@ def measure_main_loop(scratch: Path, num_rounds: int, num_steps: int) -> tuple[d
     held = next(feeds["threads"])
     ratios: dict[str, list[float]] = {name: [] for name in loaders}
     rates = []
+    bare = [mean_step(model, itertools.repeat(held), None, num_steps)[0]]
     for _ in range(num_rounds):
-        time.sleep(PREFETCH * LOOP_BATCH / RATE)  # the loaders rest when all is prepared
-        bare = mean_step(model, itertools.repeat(held), None, num_steps)
         for name, loader in loaders.items():
-            started = time.perf_counter()
-            ratios[name].append(mean_step(model, feeds[name], loader, num_steps) / bare)
-            rates.append((num_steps + PREFETCH) * LOOP_BATCH / (time.perf_counter() - started))
-            time.sleep(PREFETCH * LOOP_BATCH / RATE)
+            beside, rate = mean_step(model, feeds[name], loader, num_steps)
+            rates.append(rate)
+            time.sleep(PREFETCH * LOOP_BATCH / RATE)  # the loader rests when all is prepared
+            bare.append(mean_step(model, itertools.repeat(held), None, num_steps)[0])
+            ratios[name].append(beside / statistics.mean(bare[-2:]))
     feeds.clear()
     for loader in loaders.values():
         loader.close()
@@ -330,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             title = f"share of time waiting at 1.5x capacity, {name}"
             figures.append(figure(title, shares, 0.02, lower_is_better=True))
         console.print("the main loop beside a loader")
-        ratios, rate = measure_main_loop(scratch / "many", num_rounds, num_steps=10 if options.quick else 15)
+        ratios, rate = measure_main_loop(scratch / "many", 3 * num_rounds, num_steps=8)
         for name, rounds in ratios.items():
             title = f"main loop's step beside {name} at {rate:.0f} images/s / without"
             figures.append(figure(title, rounds, 1.1, lower_is_better=True))
