@@ -1,7 +1,7 @@
 """What a folder tree holds: images paired with their sidecars, and everything that could not be paired.
 
 Nothing is dropped unseen: what gives no row is kept as a problem with its path and reason. Folders reached through
-symbolic links are not entered (links can form loops), hidden entries are skipped; both are counted.
+symbolic links are not entered (links can form loops), nor hidden ones; both are counted.
 """
 
 import errno
@@ -207,7 +207,9 @@ class _Walk:
             for entry in entries:
                 name = entry.name
                 if name[0] == ".":
-                    self._problems.skipped["hidden entries"] += 1
+                    # A hidden file (.DS_Store, a marker) is nobody's image; a hidden folder may hold some.
+                    if entry.is_dir(follow_symlinks=False):
+                        self._problems.skipped["hidden folders"] += 1
                     continue
                 if not entry.is_file(follow_symlinks=False):
                     if entry.is_dir(follow_symlinks=False):

@@ -143,18 +143,26 @@ def test_of_two_sidecars_with_one_stem_the_second_is_refused(root):
     assert len(index) == 3 and _kinds(index) == {"sun.JSON": "second sidecar of one image"}
 
 
+def test_a_hidden_file_is_nothing_to_report(root):
+    before = open_index([root], root.parent / "index before").report()
+    (root / ".DS_Store").touch()
+    (root / ".demo-complete").write_text("{}")
+    assert _open(root).report() == before
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs and symbolic links")
-def test_links_to_folders_fifos_and_hidden_entries_are_skipped_and_counted(root):
+def test_links_to_folders_fifos_and_hidden_folders_are_skipped_and_counted(root):
     (root / "loop").symlink_to(root, target_is_directory=True)
     os.mkfifo(root / "pipe.json")
     os.mkfifo(root / "pipe.png")
     (root / "gone.png").symlink_to(root / "nowhere.png")
     _pair(root / ".cache/1.png", ["hidden"])
+    (root / ".DS_Store").touch()
     (root / "link.png").symlink_to(root / "b/sun.png")
     (root / "link.json").symlink_to(root / "b/sun.json")
     index = _open(root)
     assert [row[0] for row in _rows(index)] == ["a.JPG", "b/moon.webp", "b/sun.png", "link.png"]
-    assert index.report()[-1] == "skipped: 1 hidden entries, 1 links to folders, 3 not regular files"
+    assert index.report()[-1] == "skipped: 1 hidden folders, 1 links to folders, 3 not regular files"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="file names there are always text")
