@@ -27,7 +27,7 @@ from tagger.data.decode import DecodeOptions, describe_decoder
 from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
-from tagger.data.position import Position, check_position
+from tagger.data.position import Position, check_position, check_range, differences
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads, num_cores
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.quarantine_log import KnownBad, Quarantine
@@ -331,6 +331,25 @@ class DataLoader:
             message = "the order of this epoch has changed with the batches: %d images of it come a second time"
             logger.warning(message, samples - start)
         self._epoch, self._start = position["epoch"], start
+
+    def carry_over(self, position: Mapping[str, int]) -> Position:
+        """A position to `seek` in place of one whose images, split or sampling have changed since; itself otherwise.
+
+        There is no place in the new order that says which images were seen, so the epoch starts again, unless it was
+        over; a warning says so. Raises PositionError for another seed, which is no change of the data set.
+        """
+        found = differences(position, self._identity)
+        if not found or "seed" in found:
+            check_position(position, self._identity)
+            return dict(position)
+        check_range(position)
+        spans, samples = self._source.plan.spans(0), position["samples"]
+        over = position["rows"] - max(samples, position.get("whole", 0)) < spans.step
+        again = f"starts again with the new ones, so that {samples} images may come a second time"
+        what = "was over, and the next one has the new ones" if over else again
+        message = "the images to train on are not those of the checkpoint (%s): epoch %d %s"
+        logger.warning(message, "; ".join(found.values()), position["epoch"] + 1, what)
+        return self._position(spans.pieces[-1][1] if over else 0, position["epoch"])
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         epoch, spans = self._epoch, self._source.plan.spans(self._start)

@@ -110,6 +110,8 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         start_from(model, find_initial_weights(Path(config.checkpoint.init_from)), vocabulary.tags)
         if state.ema is not None:
             state.ema.reset()
+    if resumed and state.position is not None:
+        state.position = train_loader.carry_over(state.position)
     left = windows_left(train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps)
     saved = cast(dict[str, Any], state.extra)
     course = plan_course(

@@ -142,6 +142,9 @@ def rescue(parts: Parts, error: Exception) -> None:
     if not parts.boundary.intact:
         logger.error("the error came in the middle of an update: the newest checkpoint is where to go on from")
         return
+    if not all(bool(parameter.isfinite().all()) for parameter in parts.parameters):
+        logger.error("the weights are not finite any more: the newest checkpoint is where to go on from")
+        return
     parts.boundary.restore()
     try:
         save(parts, wait=True)

@@ -21,26 +21,35 @@ class PositionError(InputError):
     """A position that this loader cannot resume from; the message names what differs."""
 
 
-def check_position(position: Mapping[str, int], identity: Mapping[str, int]) -> bool:
-    """Whether a position says how rows were grouped. Raises PositionError where it is of another loader.
+def differences(position: Mapping[str, int], identity: Mapping[str, int]) -> dict[str, str]:
+    """What makes a position one of another order than `identity`, in words, by name; empty where it is the same.
 
-    `identity`: what the loader's order depends on. `samples` and `whole` are checked against the number of rows.
+    `identity`: what a loader's order depends on. Raises PositionError for what is no position of any loader.
     """
-    grouped = position.keys() & _GROUPED
     whole_numbers = all(type(value) is int for value in position.values())
+    grouped = position.keys() & _GROUPED
     if position.keys() - {"sampling"} - grouped != _OWN or len(grouped) == 1 or not whole_numbers:
         raise PositionError(f"{dict(position)} is not a position of a loader; it has {', '.join(sorted(_OWN))}")
-    found = [
-        f"{_NAMES[key]} {position.get(key, 0)} there, {value} here"
+    return {
+        key: f"{_NAMES[key]} {position.get(key, 0)} there, {value} here"
         for key, value in identity.items()
         if position.get(key, 0) != value
-    ]
-    if found:
+    }
+
+
+def check_position(position: Mapping[str, int], identity: Mapping[str, int]) -> bool:
+    """Whether a position says how rows were grouped. Raises PositionError where it is of another loader."""
+    if found := differences(position, identity):
         raise PositionError(
-            f"the position to resume from belongs to another order of images: {'; '.join(found)}; "
+            f"the position to resume from belongs to another order of images: {'; '.join(found.values())}; "
             "bring back the data set and the settings, or start a new run"
         )
-    samples, num_rows = position["samples"], identity["rows"]
+    check_range(position)
+    return "grouping" in position
+
+
+def check_range(position: Mapping[str, int]) -> None:
+    """Raise PositionError for a position that is not inside its own epoch."""
+    samples, num_rows = position["samples"], position["rows"]
     if position["epoch"] < 0 or not (0 <= samples <= num_rows and 0 <= position.get("whole", 0) <= num_rows):
         raise PositionError(f"position epoch={position['epoch']}, samples={samples} is outside 0..{num_rows}")
-    return bool(grouped)

@@ -223,3 +223,24 @@ def test_a_run_with_buckets_trains_goes_on_validates_and_predicts(
     sheet = tmp_path / "sheet.png"
     assert predict.main([str(run), str(drawn), "--sheet", str(sheet), "--batch-size", "4"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= NUM_IMAGES and sheet.exists()
+
+
+@pytest.mark.parametrize("settings", [{}, BUCKETS], ids=["square", "buckets"])
+def test_a_position_of_other_images_is_carried_over_to_the_start_or_the_end_of_its_epoch(
+    root: Path, settings: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    before, _, _ = loaders(root, **settings)
+    train, _, _ = loaders(root, **settings, data__sampling="weighted")
+    epoch = epoch_of(before, 1)
+    train.seek(train.carry_over(epoch[0][1]))
+    assert train.batches_remaining == len(train)
+    assert_same(list(train), epoch_of(train, 1))
+    train.seek(train.carry_over(epoch[-1][1]))
+    assert train.batches_remaining == 0
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert [line.partition(": epoch 2 ")[2][:10] for line in warnings] == ["starts aga", "was over, "]
+    own = epoch_of(train)[0][1]
+    assert train.carry_over(own) == own and len([r for r in caplog.records if r.levelname == "WARNING"]) == 2
+    for change in ({"seed": 6, "rows": 7}, {"samples": -1, "rows": 7}, {"samples": 8, "rows": 7}, {"step": 1}):
+        with pytest.raises(PositionError):
+            train.carry_over(own | change)

@@ -1,6 +1,7 @@
 """Starting from another run's weights, and going on with other settings: what carries over, and that it is said."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,60 @@ def test_an_unknown_choice_names_the_known_ones(images: Path, tmp_path: Path) ->
     words = arguments(images, tmp_path, "x", "checkpoint.on_schedule_change=stretch")
     with pytest.raises(ConfigError, match="rescale"):
         load_config(Path(words[1]), words[2:])
+
+
+def stopped_at(step: int, images: Path, runs: Path, *words: str) -> None:
+    real = train_direct.train_step
+
+    def stopping(parts, window):  # type: ignore[no-untyped-def]
+        if parts.state.step == step - 1:
+            parts.folder.stop_path.touch()
+            parts.stop._looked_at = 0.0
+        return real(parts, window)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_direct, "train_step", stopping)
+        run(images, runs, "run", *words)
+
+
+@pytest.mark.parametrize(("stop_at", "said", "epochs"), [(7, "starts again", [0, 1, 2]), (10, "was over", [0, 2])])
+def test_another_data_set_is_gone_on_with_and_said(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stop_at: int, said: str, epochs: list[int]
+) -> None:
+    more = tmp_path / "more" / "images"
+    shutil.copytree(images, more)
+    stopped_at(stop_at, more, tmp_path)
+    assert caplog.text.count("images to train on are not those") == 0
+    for number in range(30):
+        shutil.copy(more / "even" / "img000.jpg", more / f"new{number}.jpg")
+        shutil.copy(more / "even" / "img000.json", more / f"new{number}.json")
+    words = arguments(more, tmp_path, "run", "--resume", "latest")
+    words.append("checkpoint.on_schedule_change=error")
+    # The number of updates changes with the images, and what that means for the learning rate is the user's to say.
+    assert train_direct.main(words) == 2
+    assert results_of(tmp_path / "run")["steps"] == stop_at
+    seen: dict[int, set[int]] = {}
+    real = train_direct.train_step
+
+    def recording(parts, window):  # type: ignore[no-untyped-def]
+        seen.setdefault(window.epoch, set()).update(*(batch.row_ids.tolist() for batch in window.batches))
+        return real(parts, window)
+
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_direct, "train_step", recording)
+        assert train_direct.main([*words, "checkpoint.on_schedule_change=rescale"]) == 0
+    (line,) = [r.message for r in caplog.records if "images to train on are not those of the checkpoint" in r.message]
+    assert f"epoch {stop_at // 5 + (stop_at % 5 > 0)} {said}" in line and "number of images 4" in line
+    assert sorted(seen) == epochs[1:]
+    # Whole epochs of the new images, less the incomplete last batch.
+    assert all(len(rows) > 56 for rows in seen.values())
+    assert results_of(tmp_path / "run")["status"] == "completed"
+
+
+def test_another_seed_is_no_change_of_data(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped_at(7, images, tmp_path)
+    before = results_of(tmp_path / "run")
+    assert train_direct.main(arguments(images, tmp_path, "run", "--resume", "latest", "training.seed=77")) == 2
+    assert "training.seed" in capsys.readouterr().err
+    assert results_of(tmp_path / "run") == before

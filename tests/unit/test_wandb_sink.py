@@ -14,6 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from scripts import benchmark_logging
 from tagger import wandb_sink
 from tagger.errors import SinkError
 from tagger.wandb_sink import MAX_ENTRIES, WandbSink
@@ -231,3 +232,9 @@ def test_the_real_client_works_offline_and_a_resumed_run_keeps_its_identity(
     content = written.read_bytes()
     assert b"train/loss" in content and b"val/average_precision" in content
     assert list(written.parent.rglob("files/media/images/val/samples*.png"))
+
+
+def test_the_benchmark_measures_a_client_that_is_stuck() -> None:
+    step_s, report_s, refused = benchmark_logging.measure(MAX_ENTRIES + 500, 100)
+    assert step_s > 0 and report_s > 0
+    assert 0 < refused <= 500 + 1
