@@ -28,9 +28,9 @@ from tagger.config_io import (
     read_recipe,
     require,
 )
+from tagger.output import reader_may_leave
 
 ENVIRONMENT_PREFIX = "TAGGER_"
-SMALLEST_LOSS_MARGIN = 1e-30  # held against the loss's own by a test
 PRESET_PATCH_SIZE = 16  # of every preset; the model's own table is held against it by a test
 
 
@@ -92,17 +92,15 @@ class DataSection:
             prefetch_batches=self.prefetch_batches,
         )
         not_negative("data", num_processes=self.num_processes, sampling_power=self.sampling_power)
+        cap = self.sampling_cap
         require(
-            1 <= self.sampling_cap < math.inf,
-            f"data.sampling_cap={self.sampling_cap} is below 1 or not finite",
-            "use the most times that one image may come as often as another, e.g. 10",
+            1 <= cap < math.inf, f"data.sampling_cap={cap} is below 1 or not finite", "10: at most 10 times as often"
         )
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
         fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
+        bits = self.near_duplicate_bits
         require(
-            0 <= self.near_duplicate_bits <= 8,
-            f"data.near_duplicate_bits={self.near_duplicate_bits} is not 0 to 8",
-            "3 finds copies that were resized, recompressed or brightened",
+            0 <= bits <= 8, f"data.near_duplicate_bits={bits} is not 0 to 8", "3 finds resized and recompressed copies"
         )
         require(
             len(self.background) == 3 and all(0 <= c <= 255 for c in self.background),
@@ -226,10 +224,8 @@ class LossSection:
             rating_weight=self.rating_weight,
             tag_weight_power=self.tag_weight_power,
         )
-        good = self.clip == 0 or SMALLEST_LOSS_MARGIN <= self.clip < 1
-        require(
-            good, f"loss.clip={self.clip} is not in 0 <= x < 1, or all but 0", "0 turns the margin off, 0.05 is usual"
-        )
+        good = self.clip == 0 or 1e-30 <= self.clip < 1
+        require(good, f"loss.clip={self.clip} is not 0 or 1e-30..1", "0 turns the margin off, 0.05 is usual")
 
 
 @dataclass
@@ -484,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=("validate", "show"))
     parser.add_argument("file", type=Path, help="a recipe, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args(arguments)
     try:
         loaded = load_with_origin(options.file, options.overrides)
@@ -493,10 +489,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.action == "show":
-        print(describe(loaded))
-    else:
-        print(f"{options.file}: {len(loaded.origin)} settings, all valid")
+    with reader_may_leave():
+        valid = f"{options.file}: {len(loaded.origin)} settings, all valid"
+        print(describe(loaded) if options.action == "show" else valid)
     return 0
 
 

@@ -8,7 +8,7 @@ step alone.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from Configuration_System import MonitorSection
 from tagger.cadence import due
@@ -29,6 +30,10 @@ from tagger.system_stats import SystemStats
 from tagger.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
+
+# On a narrower console than this the bar shows these figures alone: cut off, none of them could be read.
+WIDE_COLUMNS = 110
+NARROW_FIGURES = ("train/loss", "train/images_per_second")
 
 
 class ThreadSafeMetricsTracker:
@@ -214,14 +219,14 @@ class _ConsoleProgress:
         self._gone = False
         self._bar: Progress | None = None
         if console.is_terminal:
+            # Where the words may not wrap, rich narrows the bar alone.
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
                 TextColumn("left"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
                 console=console,
                 refresh_per_second=4,
                 expand=True,
@@ -237,7 +242,8 @@ class _ConsoleProgress:
         figures = _training_figures(values)
         others = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("val/")]
         if self._bar is not None and figures:
-            self._bar.update(self._task, completed=step, epoch=epoch + 1, figures="  ".join(figures))
+            shown = figures if self._console.width >= WIDE_COLUMNS else _training_figures(values, NARROW_FIGURES)
+            self._bar.update(self._task, completed=step, epoch=epoch + 1, figures="  ".join(shown))
         if self._bar is not None and not others:
             return
         left = [f"left {_clock_text(self._seconds_left(step))}"] if self._bar is None and figures else []
@@ -266,15 +272,15 @@ class _ConsoleProgress:
             logger.info("the console is gone (%s); progress is in metrics.jsonl", type(error).__name__)
 
 
-def _training_figures(values: Mapping[str, float]) -> list[str]:
-    """What people watch, in the order in which they read it."""
+def _training_figures(values: Mapping[str, float], names: Collection[str] | None = None) -> list[str]:
+    """What people watch, in the order in which they read it; of `names` alone where they are given."""
     formats: tuple[tuple[str, Callable[[float], str]], ...] = (
         ("train/loss", lambda value: f"loss {value:.4f}"),
         ("train/learning_rate", lambda value: f"lr {value:.2e}"),
         ("train/images_per_second", lambda value: f"{value:,.0f} images/s"),
         ("train/data_wait_fraction", lambda value: f"waiting {value:.0%}"),
     )
-    return [form(values[name]) for name, form in formats if name in values]
+    return [form(values[name]) for name, form in formats if name in values and (names is None or name in names)]
 
 
 def _clock_text(seconds: float) -> str:

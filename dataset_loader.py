@@ -25,7 +25,6 @@ from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring,
 from tagger.data.batch_plan import Grouping, Spans, create_plan
 from tagger.data.decode import DecodeOptions, describe_decoder
 from tagger.data.image_reader import ImageReader
-from tagger.data.image_sizes import index_sizes
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
 from tagger.data.position import Position, check_position, check_range, differences
@@ -59,7 +58,8 @@ class _IndexedImages:
     @cached_property
     def sizes(self) -> NDArray[np.uint32]:
         """uint32 [N, 2]: (width, height) of each row's image as it is seen, 0 where unknown."""
-        sizes = index_sizes(self.index)
+        headers = self.index.read_headers()
+        sizes = np.stack([headers.widths, headers.heights], axis=1).astype(np.uint32)
         if num_unknown := int((sizes == 0).any(axis=1).sum()):
             message = "the size of %d of %d images is not known; they are batched with the square ones"
             logger.warning(message, num_unknown, len(sizes))

@@ -34,7 +34,7 @@ Reduction = Literal["sum", "mean"]
 # 78 ms in one piece.
 _CPU_BLOCK = 1 << 18
 # Below this a margin no longer bounds the logarithm in float32.
-SMALLEST_MARGIN = 1e-30
+_SMALLEST_MARGIN = 1e-30
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,8 @@ class AsymmetricFocalLoss(TagLoss):
         reduction: Reduction = "sum",
     ) -> None:
         _check_gamma(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
-        if not (clip == 0 or SMALLEST_MARGIN <= clip < 1):
-            raise ValueError(f"clip={clip} is not 0 or {SMALLEST_MARGIN:g}..1; 0 turns the margin off, 0.05 is usual")
+        if not (clip == 0 or _SMALLEST_MARGIN <= clip < 1):
+            raise ValueError(f"clip={clip} is not 0 or {_SMALLEST_MARGIN:g}..1; 0 turns the margin off, 0.05 is usual")
         super().__init__(_Side(gamma_pos), _Side(gamma_neg, margin=clip), tag_weights, ignored_tags, reduction)
 
 

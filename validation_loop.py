@@ -28,6 +28,7 @@ from tagger.endings import diagnose
 from tagger.errors import DivergedError, InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
+from tagger.output import reader_may_leave
 from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
 from vocabulary import TagVocabulary, configured_vocabulary, tag_shares
 
@@ -243,7 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the JSON goes (default: evaluation.json in the run)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.roots=[/moved/images]")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.roots=[/moved/images]"
+    )
     return parser
 
 
@@ -263,8 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return diagnose(error).exit_code or 1
-    Console().print(as_table(evaluation, vocabulary, name))
-    print(f"every tag's average precision: {output}")
+    with reader_may_leave():
+        Console().print(as_table(evaluation, vocabulary, name))
+        print(f"every tag's average precision: {output}")
     return 0
 
 

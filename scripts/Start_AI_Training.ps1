@@ -20,7 +20,10 @@ param(
 $ErrorActionPreference = 'Stop'
 $root = Split-Path -Parent $PSScriptRoot
 $before = $env:TAGSMITH_CALLED_FROM
+$policyBefore = $env:OMP_WAIT_POLICY
 $env:TAGSMITH_CALLED_FROM = (Get-Location -PSProvider FileSystem).ProviderPath
+# Threads that wait give their core back; spinning, they slow training several times beside any other busy process.
+if (-not $env:OMP_WAIT_POLICY) { $env:OMP_WAIT_POLICY = 'PASSIVE' }
 $code = 1
 Push-Location -LiteralPath $root
 try {
@@ -40,6 +43,7 @@ catch {
 }
 finally {
     $env:TAGSMITH_CALLED_FROM = $before
+    $env:OMP_WAIT_POLICY = $policyBefore
     Pop-Location
 }
 if (($code -ne 0) -and $KeepOpenOnError) {

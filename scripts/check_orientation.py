@@ -15,6 +15,7 @@ import orjson
 from Configuration_System import FullConfig, OrientationSection
 from orientation_handler import MODES, OrientationHandler, Veto
 from tagger.config_io import compose, read_recipe
+from tagger.output import reader_may_leave
 from vocabulary import TagVocabulary
 
 NO_MAP = "none"
@@ -176,10 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"check_orientation: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        sys.stdout.write(orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2).decode() + "\n")
-    else:
-        print("\n".join(_lines(found)))
+    with reader_may_leave():
+        as_json = orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2).decode()
+        print(as_json if arguments.json else "\n".join(_lines(found)))
     return 0
 
 

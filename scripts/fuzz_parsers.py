@@ -20,7 +20,7 @@ from PIL import Image
 
 from orientation_handler import OrientationError, OrientationHandler
 from tagger.data.decode import DecodeError, DecodeOptions, decode
-from tagger.data.image_header import read_header
+from tagger.data.headers import HeaderError, parse_header
 from tagger.data.sidecar import SidecarError, parse_extra_fields, parse_sidecar
 from tagger.files import FormatError
 from vocabulary import TagVocabulary
@@ -68,17 +68,17 @@ def fuzz_orientation(content: bytes) -> None:
 
 
 def fuzz_image(content: bytes) -> None:
-    """Any bytes are an image, whose pixels have the size that its header says, or a DecodeError."""
+    """Any bytes are an image, whose pixels have the size that its header says, or one of the declared errors."""
     try:
-        header = read_header(content)
-    except DecodeError:
+        header = parse_header(lambda offset, length: content[offset : offset + length], len(content))
+    except HeaderError:
         header = None
     for partial in (False, True):
         try:
             found = decode(content, DecodeOptions(max_pixels=_MAX_PIXELS, partial=partial), lambda *_: (16, 16))
         except DecodeError:
             continue
-        if header is not None and found.full_size != (header.height, header.width):
+        if header is not None and found.full_size != header[::-1]:
             raise AssertionError(f"the header says {header}, the pixels are {found.full_size}")
 
 

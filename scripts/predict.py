@@ -4,7 +4,6 @@ Exit codes: 0 every image was tagged, 1 some could not be read (each is named on
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tagger.contact_sheet import Card, SheetTag, draw_sheet
 from tagger.data.scan import printable
 from tagger.devices import resolve_device
 from tagger.errors import InputError
+from tagger.output import reader_may_leave
 from tagger.predict import Prediction, Tagger, Unreadable, find_images
 from tagger.run_folder import describe_run, model_dir
 
@@ -113,19 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sheet is not None and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         parser.error(f"--sheet {options.sheet}: name a .png file")
     try:
-        code = tag_images(options)
-        sys.stdout.flush()
+        with reader_may_leave():
+            return tag_images(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader has seen enough (`| head`); nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return code
 
 
 if __name__ == "__main__":

@@ -45,9 +45,8 @@ def tagged_table(run: Path, config: FullConfig, records: Sequence[Record]) -> Ta
     tagger = Tagger(model, artifact, resolve_device(config.training.device))
     title = f"held-out images, tags scored at least {artifact.threshold:g}"
     paths = [Path(record.image_path) for record in records]
-    width = min(40, max(len(shown_path(path)) for path in paths))
-    image_column = Column("image", overflow="fold", min_width=width)
-    table = Table(image_column, "tags given", "tags it has", title=title, show_lines=True)
+    columns = (Column(name, overflow="fold") for name in ("image", "tags given", "tags it has"))
+    table = Table(*columns, title=title, show_lines=True)
     known = {tag.name for tag in artifact.tags}
     for record, outcome in zip(records, tagger.predict(paths), strict=True):
         image = Text(shown_path(Path(record.image_path)))
@@ -67,7 +66,8 @@ def tagged_table(run: Path, config: FullConfig, records: Sequence[Record]) -> Ta
 def summary_table(run: Path, config: FullConfig) -> Table:
     """Scores, cost, where the model lies, and the two commands that come next."""
     results = RunResults.read(results_path(run))
-    table = Table(title=f"run {run.name}: {results.status}", show_header=False)
+    columns = (Column(overflow="fold"), Column(overflow="fold"))
+    table = Table(*columns, title=f"run {run.name}: {results.status}", show_header=False)
     for name, value in results.final.items():
         table.add_row(name, "not a number" if value is None else f"{value:.4f}")
     if results.best is not None:
@@ -76,17 +76,20 @@ def summary_table(run: Path, config: FullConfig) -> Table:
         table.add_row("left/right tags", left_right)
     speed = "" if results.images_per_second is None else f", {results.images_per_second:.0f} images/s"
     table.add_row("training", f"{results.steps} steps in {results.seconds / 60:.1f} minutes{speed}")
-    table.add_row("model", Text(str(model_dir(run)), overflow="fold"))
+    table.add_row("model", Text(str(model_dir(run))))
     place, runs = shlex.quote(str(model_dir(run))), shlex.quote(str(run.parent))
-    table.add_row("tag images", Text(f"python -m scripts.predict {place} IMAGE_OR_FOLDER", overflow="fold"))
-    table.add_row("curves", Text(f"{tensorboard_command()} {runs}", overflow="fold"))
+    table.add_row("tag images", Text(f"{python_command()} -m scripts.predict {place} IMAGE_OR_FOLDER"))
+    table.add_row("curves", Text(f"{tensorboard_command()} {runs}"))
     return table
 
 
 def left_right_score(run: Path, config: FullConfig) -> str | None:
-    """Average precision of the tags that swap in a mirror; None without such tags or without `evaluation.json`."""
+    """Average precision of the tags that swap in a mirror: whether training with mirroring still tells them apart.
+
+    None where mirroring is off, without such tags, or without `evaluation.json`.
+    """
     path = run / "evaluation.json"
-    if not path.is_file():
+    if config.orientation.mirror_probability == 0 or not path.is_file():
         return None
     handler = OrientationHandler(config.orientation.map_path, config.orientation.mode)
     scored = [
@@ -99,6 +102,15 @@ def left_right_score(run: Path, config: FullConfig) -> str | None:
     lowest, name = min(scored)
     mean = sum(precision for precision, _ in scored) / len(scored)
     return f"AP {mean:.4f} over {len(scored)} tags, lowest {lowest:.4f} ({name})"
+
+
+def python_command() -> str:
+    """How to call the Python that runs this from the working directory, its environment included."""
+    # Not resolved: the link's own place is what makes it the environment's Python.
+    place = shown_path(Path(sys.executable))
+    if sys.platform == "win32":
+        return f"& '{place}'" if " " in place else place
+    return shlex.quote(place)
 
 
 def tensorboard_command() -> str:

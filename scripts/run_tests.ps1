@@ -17,6 +17,8 @@ $root = Split-Path -Parent $PSScriptRoot
 if ($LASTEXITCODE -ne 0) { exit $LASTEXITCODE }
 # One thread each: the workers are the parallelism, and sums come out the same on any number of cores.
 if (-not $env:OMP_NUM_THREADS) { $env:OMP_NUM_THREADS = '1' }
+# Threads that wait give their core back instead of spinning on it.
+if (-not $env:OMP_WAIT_POLICY) { $env:OMP_WAIT_POLICY = 'PASSIVE' }
 $words = @('-m', 'pytest')
 if ($PytestArgs) { $words += $PytestArgs } else { $words += @('-q', '-n', 'auto', '-m', 'not slow') }
 $code = 1

@@ -9,9 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from Configuration_System import FullConfig, load_config
 from scripts.make_demo_dataset import DEFAULT_OUTPUT, make_demo_dataset
@@ -20,21 +22,37 @@ from tagger.errors import InputError
 DEMO_CONFIG = "configs/demo.yaml"
 RESUME_WORDS = ("latest", "best", "none")
 CALLED_FROM = "TAGSMITH_CALLED_FROM"  # the launchers change to the project's folder and leave word of where they were
+# OpenMP's threads spin while they wait, which takes the core from whoever works: a busy machine then trains 3 to 6
+# times slower. It is read once, when torch is imported, so it must stand in the child's environment.
+CHILD_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+IS_POSIX = os.name == "posix"
+# What sends a signal to this process and then to its whole group (as `timeout` does) means one request, not two.
+SAME_REQUEST_S = 0.5
 
 
 class Step:
-    """A child process whose exit code is this program's, signals included."""
+    """A child process whose exit code is this program's, signals included.
+
+    On POSIX the child has a process group of its own: a signal sent to the whole group, as a terminal sends Ctrl-C,
+    reaches this process alone, which passes it on. So the child gets each request once; a second one would end a
+    training before its checkpoint. Ctrl-Z is passed on too. On Windows the console sends Ctrl-C to both by itself.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
         self._child: subprocess.Popen[bytes] | None = None
         self._pending: int | None = None
+        self._passed_on_at: dict[int, float] = {}
 
     def run(self) -> int:
         """Run to the end; 128 + N where signal N ended it. A signal that arrives meanwhile is the child's to answer."""
-        previous = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = self._take_signals()
         try:
-            self._child = subprocess.Popen(self._command)
+            self._child = subprocess.Popen(
+                self._command, env=CHILD_DEFAULTS | os.environ, process_group=0 if IS_POSIX else None
+            )
             if self._pending is not None:
                 self._child.send_signal(self._pending)
             code = self._child.wait()
@@ -43,14 +61,32 @@ class Step:
                 signal.signal(number, handler)
         return 128 - code if code < 0 else code
 
+    def _take_signals(self) -> dict[int, Any]:
+        """Answer what is passed on, and Ctrl-Z; gives the handlers before, by number."""
+        handlers: dict[int, Any] = {signal.SIGINT: self._pass_on, signal.SIGTERM: self._pass_on}
+        if IS_POSIX:
+            others = {signal.SIGHUP: self._pass_on, signal.SIGQUIT: self._pass_on, signal.SIGTSTP: self._pause}
+            # What was ignored from the start stays so, as `nohup` wants it.
+            handlers |= {n: handler for n, handler in others.items() if signal.getsignal(n) != signal.SIG_IGN}
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        # A terminal sends Ctrl-C to every process at once; passing it on too would look like a second, impatient one.
-        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
+        now = time.monotonic()
+        if not IS_POSIX or now - self._passed_on_at.get(number, -SAME_REQUEST_S) < SAME_REQUEST_S:
             return
+        self._passed_on_at[number] = now
         if self._child is None:
             self._pending = number
         else:
             self._child.send_signal(number)
+
+    def _pause(self, _number: int, _frame: FrameType | None) -> None:
+        """Stop the child's group and this process; `fg` and `bg` wake this process, which wakes the group."""
+        if self._child is None or self._child.poll() is not None:
+            return
+        os.killpg(self._child.pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os.killpg(self._child.pid, signal.SIGCONT)
 
 
 def wants_demo_data(config: FullConfig) -> bool:
@@ -93,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="latest|best|none|PATH", help="continue the run instead of starting it")
     parser.add_argument("--validate-only", action="store_true", help="check settings and data, train nothing")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, e.g. training.num_epochs=3"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings, e.g. training.num_epochs=3"
     )
     options = parser.parse_intermixed_args(arguments)
     resume = options.resume

@@ -12,5 +12,7 @@ case "${1:-}" in
 esac
 bash "$root/scripts/setup_env.sh"
 export TAGSMITH_CALLED_FROM="$PWD"
+# Threads that wait give their core back; spinning, they slow training several times beside any other busy process.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 cd "$root"
 exec .venv/bin/python -m scripts.start_training "$@"

@@ -24,6 +24,9 @@ from tagger.files import write_atomic
 
 T = TypeVar("T")
 
+# For people: what values of a type are called, and one of them.
+_PLAIN = {int: ("a whole number", "3"), float: ("a number", "0.1"), bool: ("true or false", "true"), str: ("text", "a")}
+
 
 class ConfigError(InputError):
     """A configuration that its author can mend; the message is one line that says what was found and what to do."""
@@ -130,7 +133,7 @@ def environment_layer(prefix: str, environment: Mapping[str, str]) -> Layer:
         for name, text in sorted(environment.items())
         if name.startswith(prefix) and "__" in name[len(prefix) :]
     }
-    return Layer("environment", {key: _parse_value(f"{prefix}{key}", text) for key, text in values.items()})
+    return Layer("environment", _flatten({key: _parse_value(f"{prefix}{key}", text) for key, text in values.items()}))
 
 
 def override_layer(overrides: Iterable[str], source: str = "command line") -> Layer:
@@ -141,26 +144,28 @@ def override_layer(overrides: Iterable[str], source: str = "command line") -> La
         if not equals or not key or key.startswith("-"):
             raise ConfigError(f"'{word}' is not a setting; write section.key=value, for example training.num_epochs=3")
         values[key] = _parse_value(key, text)
-    return Layer(source, values)
+    return Layer(source, _flatten(values))
 
 
 def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
     """Merge layers over the schema's defaults, later ones winning; the typed tree validates itself as it is built."""
-    known, switches = _schema_keys(schema), _switch_keys(schema)
+    hints = _schema_hints(schema)
     tree = OmegaConf.structured(schema)
     origin = dict.fromkeys(_flatten(_to_plain(schema())), "default")
     for layer in layers:
         for key, value in layer.values.items():
-            if key not in known:
-                raise ConfigError(f"{layer.source}: unknown setting '{key}'{_nearest(key, known)}")
-            if key in switches and isinstance(value, bool):
-                layer.values[key] = "on" if value else "off"
+            if key not in hints:
+                raise ConfigError(f"{layer.source}: unknown setting '{key}'{_nearest(key, set(hints))}")
             if _has_interpolation(value):
                 raise ConfigError(f"{layer.source}: {key} uses '${{...}}', which recipes may not; write the value")
+            if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+                # No setting is a list of lists; OmegaConf would make text of the inner ones.
+                raise ConfigError(f"{layer.source}: {_mismatch(key, value, hints[key])}")
             for stale in [k for k in origin if k.startswith(f"{key}.")]:
                 del origin[stale]
             origin[key] = layer.source
-        tree = _merge(tree, layer)
+        meant = {key: _meant(value, hints[key]) for key, value in layer.values.items()}
+        tree = _merge(tree, Layer(layer.source, meant), hints)
     try:
         built = typing.cast(T, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
@@ -169,7 +174,7 @@ def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
     return Loaded(built, {key: _origin_of(key, origin) for key in plain})
 
 
-def _merge(tree: DictConfig, layer: Layer) -> DictConfig:
+def _merge(tree: DictConfig, layer: Layer, hints: Mapping[str, Any]) -> DictConfig:
     """The tree with a layer's values; one merge, since each costs milliseconds."""
     try:
         return typing.cast(DictConfig, OmegaConf.merge(tree, _nest(layer.values)))
@@ -179,7 +184,7 @@ def _merge(tree: DictConfig, layer: Layer) -> DictConfig:
             try:
                 tree = typing.cast(DictConfig, OmegaConf.merge(tree, _nest({key: value})))
             except OmegaConfBaseException as error:
-                raise ConfigError(f"{layer.source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
+                raise ConfigError(f"{layer.source}: {_mismatch(key, value, hints[key])}") from error
         return tree
 
 
@@ -245,30 +250,49 @@ def _has_interpolation(value: Any) -> bool:
     return isinstance(value, list) and any(_has_interpolation(item) for item in value)
 
 
-def _schema_keys(schema: Any, prefix: str = "") -> set[str]:
-    """Every dotted key that the schema knows, groups included (so that a whole group can be set to null)."""
-    keys: set[str] = set()
+def _schema_hints(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key that the schema knows, with its type; groups included, so that one can be set to null."""
+    found: dict[str, Any] = {}
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        name = f"{prefix}{field.name}"
-        keys.add(name)
-        hint = hints[field.name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        for option in options:
-            if isinstance(option, type) and dataclasses.is_dataclass(option):
-                keys |= _schema_keys(option, f"{name}.")
-    return keys
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        found[name] = hint
+        if dataclasses.is_dataclass(_without_none(hint)):
+            found |= _schema_hints(_without_none(hint), f"{name}.")
+    return found
 
 
-def _switch_keys(schema: Any) -> set[str]:
-    """Dotted keys of `section.key` whose words include "off": YAML reads a bare off as false and a bare on as true."""
-    return {
-        f"{section}.{key}"
-        for section, kind in typing.get_type_hints(schema).items()
-        if dataclasses.is_dataclass(kind)
-        for key, hint in typing.get_type_hints(kind).items()
-        if "off" in typing.get_args(hint)
-    }
+def _without_none(hint: Any) -> Any:
+    """X of `X | None`, else the type itself."""
+    if not isinstance(hint, types.UnionType):
+        return hint
+    (only,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    return only
+
+
+def _meant(value: Any, hint: Any) -> Any:
+    """The value as its type lets it be read: YAML makes false of a bare off, and one folder needs no brackets."""
+    kind = _without_none(hint)
+    if isinstance(value, bool) and "off" in typing.get_args(kind):
+        return "on" if value else "off"
+    return [value] if isinstance(value, str) and value and kind == list[str] else value
+
+
+def _mismatch(key: str, value: Any, hint: Any) -> str:
+    """What a value of the wrong type is and what to write in its place."""
+    found, kind = f"{key}={_yaml_scalar(value)}", _without_none(hint)
+    if dataclasses.is_dataclass(kind):
+        first = dataclasses.fields(kind)[0].name
+        return f"{found}: {key} is a group of settings; set them one by one, e.g. {key}.{first}=..."
+    if typing.get_origin(kind) is list:
+        texts = typing.get_args(kind) == (str,)
+        what, sample = ("texts", "[one,two]") if texts else ("numbers", "[1,2,3]")
+        return f"{found} is not a list of {what}; write it as {key}={sample}"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"{found} is not known; use {', '.join(str(word) for word in typing.get_args(kind))}"
+    name, sample = _PLAIN[kind]
+    none = "" if kind is hint else " or null"
+    return f"{found} is not {name}{none}; write it as in {key}={sample}"
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -8,7 +8,7 @@ are not there, or that come twice.
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 
-from tagger.data.index_build import RowBuffer
+from tagger.data.index_build import RowWriter
 from tagger.data.scan import DatasetError, FolderScan, Problems, image_suffixes, printable
 from tagger.data.sidecar import (
     MAX_SIDECAR_BYTES,
@@ -25,7 +25,7 @@ _NAME_KEYS = ("filename", "file_name", "image", "path")
 
 
 def add_annotation_rows(
-    path: Path, scan: FolderScan, extra_fields: Sequence[ExtraField], rows: RowBuffer, problems: Problems
+    path: Path, scan: FolderScan, extra_fields: Sequence[ExtraField], rows: RowWriter, problems: Problems
 ) -> None:
     """Add a row for each usable entry, in the order of image paths; what cannot be used becomes a problem.
 
@@ -44,11 +44,12 @@ def add_annotation_rows(
         except SidecarError as error:
             problems.reject(f"{path} {position}", error.reason)
             continue
-        problems.note_rating(f"{path} {position}", parsed)
         tags = tuple(same.setdefault(tag, tag) for tag in parsed.tags)
-        found[image] = (position, ParsedSidecar(tags, parsed.rating))
-    for image, (_, parsed) in sorted(found.items()):
+        found[image] = (position, ParsedSidecar(tags, parsed.rating, None, parsed.bad_rating))
+    for row, (image, (position, parsed)) in enumerate(sorted(found.items())):
         rows.add(image, parsed.tags, parsed.rating)
+        if parsed.bad_rating is not None:
+            problems.note_rating(f"{path} {position}", parsed.bad_rating, row)
     problems.images_without_sidecar += [printable(scan.root / image) for image in scan.images if image not in found]
 
 

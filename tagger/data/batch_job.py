@@ -8,7 +8,7 @@ AssertionError, to touch a row that is held out.
 import threading
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ class ImageSource:
 
         Raises RefusedImage for the file's own faults; errors of the storage pass through.
         """
-        name = printable(self.reader.index.image_path(row))
+        name = printable(self.reader.index.image_path(row)) if self.known_bad.entries else ""
         suspect = self.known_bad.knows(name)
         found = self.reader.read(row, partial(self.known_bad.reason, name) if suspect else None)
         try:
@@ -168,8 +168,7 @@ class BatchMemory(Protocol):
         """A uint8 tensor of a shape, contents undefined, and the same memory as an array to fill it through."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one attempt to use a row of the index: `refused` is None where its image was used.
 
     Flags as in LoadedImage.

@@ -6,8 +6,6 @@ off or contradict themselves. `check_size` is the pixel cap that every decoder a
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from io import BytesIO
 from types import ModuleType
 from typing import Final
 
@@ -56,16 +54,6 @@ class DecodeError(RefusedImage):
     """The bytes are not an image that can be decoded wholly."""
 
 
-@dataclass(frozen=True)
-class ImageHeader:
-    """Format and size of an image. `height` and `width` are of the upright image, after its EXIF orientation (1..8)."""
-
-    kind: str
-    height: int
-    width: int
-    orientation: int
-
-
 def sniff_format(content: bytes) -> str:
     """One of FORMATS from the first bytes; DecodeError when they are of none."""
     if content.startswith(b"\xff\xd8\xff"):
@@ -85,26 +73,6 @@ def sniff_format(content: bytes) -> str:
     if not content:
         raise DecodeError("empty file")
     raise DecodeError("not an image", f"first bytes {content[:8].hex(' ')}; known are {', '.join(FORMATS)}")
-
-
-def read_header(content: bytes) -> ImageHeader:
-    """Format, upright size and orientation of an image, from its whole file or from a part that holds its header.
-
-    Without the part in question, a PNG or WebP whose EXIF block follows the pixels counts as upright. Raises
-    DecodeError; MemoryError passes through.
-    """
-    kind = sniff_format(content)
-    try:
-        width, height, orientation = _stored_size(content, kind)
-    except (DecodeError, MemoryError):
-        raise
-    except Exception as error:
-        raise broken(kind, error) from error
-    if width < 1 or height < 1:
-        raise DecodeError("no pixels", f"{width} x {height}")
-    if orientation >= 5:
-        width, height = height, width
-    return ImageHeader(kind, height, width, orientation)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -212,40 +180,3 @@ def webp_canvas(content: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from("<HH", content, 26)
         return width & 0x3FFF, height & 0x3FFF
     raise DecodeError("damaged WebP", f"unknown first chunk {chunk!r}")
-
-
-def _stored_size(content: bytes, kind: str) -> tuple[int, int, int]:
-    """(width, height, orientation) as stored."""
-    if kind == "JPEG":
-        return _jpeg_size(content)
-    if kind == "PNG":
-        if len(content) < _PNG_HEADER_END or content[12:16] != b"IHDR":
-            raise DecodeError("damaged PNG", "no IHDR chunk")
-        width, height = struct.unpack_from(">II", content, 16)
-        return width, height, _exif_of(content, png_chunks(content), b"eXIf")
-    if kind == "WebP":
-        return *webp_canvas(content), _exif_of(content, webp_chunks(content), b"EXIF")
-    check_supported(kind)
-    with PILLOW_PLUGINS[kind](BytesIO(content)) as image:
-        exif = image.info.get("exif")
-        # Pillow turns TIFF images itself, and gives their size as turned.
-        turned = exif_orientation(exif) if isinstance(exif, bytes) and kind != "TIFF" else 1
-        return image.width, image.height, turned
-
-
-def _jpeg_size(content: bytes) -> tuple[int, int, int]:
-    orientation = 1
-    for marker, start, end in _jpeg_segments(content):
-        if marker == 0xE1 and orientation == 1 and content.startswith(_EXIF_PREFIX, start):
-            orientation = exif_orientation(content[start:end])
-        if marker in _JPEG_FRAMES and start + 5 <= len(content):
-            height, width = struct.unpack_from(">HH", content, start + 1)
-            return width, height, orientation
-    raise DecodeError("damaged JPEG", "no frame header")
-
-
-def _exif_of(content: bytes, chunks: Iterator[tuple[bytes, int, int]], wanted: bytes) -> int:
-    for name, start, end in chunks:
-        if name == wanted:
-            return exif_orientation(content[start:end])
-    return 1

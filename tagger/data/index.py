@@ -1,19 +1,17 @@
 """The metadata index: every row of a data set, memory-mapped, with tags by the index's own numbers.
 
-Built once from sidecars (or an annotation file) and reused while names, sizes and times of the files are the same.
-Knows nothing of a vocabulary, so that changing one costs no new reading. Rows are never pickled: an index travels to
-another process as its path, and the two share the pages.
+Built from sidecars (or an annotation file) and reused while names, sizes and times of the files are the same; when
+some of them change, those are read and the rest is taken over. Knows nothing of a vocabulary, so that changing one
+costs no new reading. Rows are never pickled: an index travels to another process as its path, and the two share the
+pages.
 """
 
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import time
-import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagger.data.annotations import add_annotation_rows
-from tagger.data.index_build import RowBuffer, add_sidecar_rows, write_arrays
+from tagger.data.columns import open_column
+from tagger.data.generations import Generation, clean_up, newest_first
+from tagger.data.header_columns import ImageHeaders, carry_headers, check_sizes, newest_headers, read_headers
+from tagger.data.index_build import RowWriter
+from tagger.data.index_update import OldRows, Update, add_scanned_rows, problems_by_sidecar
 from tagger.data.scan import (
     DatasetError,
     FolderScan,
@@ -35,19 +37,20 @@ from tagger.data.scan import (
     scan_root,
 )
 from tagger.data.sidecar import RATINGS, ExtraField, parse_extra_fields
-from tagger.files import FormatError, read_json, write_json
+from tagger.files import FormatError, read_json
 from tagger.record import Record
 
-__all__ = ["DatasetError", "MetadataIndex", "Rejected", "open_index"]
+__all__ = ["DatasetError", "MetadataIndex", "Rejected", "Update", "open_index"]
 
-FORMAT_VERSION = 1
-_KEPT_GENERATIONS = 2
-_STALE_TEMPORARY_S = 86_400.0
+FORMAT_VERSION = 2
 _META = "meta.json"
 _TAGS = "tags.json"
 _PROBLEMS = "problems.json"
 
 _log = logging.getLogger(__name__)
+
+# Told what is going on, and how many of how many files are done (None: nobody knows yet).
+Progress = Callable[[str, int, int | None], None]
 
 
 def open_index(
@@ -56,12 +59,31 @@ def open_index(
     *,
     extra_fields: Sequence[str] = (),
     annotations: Path | None = None,
+    headers: bool = False,
+    processes: int | None = None,
+    progress: Progress | None = None,
 ) -> "MetadataIndex":
-    """Open the index of `roots`, building it below `index_dir` when there is none or the files have changed.
+    """Open the index of `roots` below `index_dir`, built or brought up to date where the files have changed.
 
-    With `annotations`, tags come from that file instead of sidecars and `roots` is its one image folder. Raises
-    DatasetError when a root is missing or holds no image, or when no row is left.
+    With `annotations`, tags come from that file instead of sidecars and `roots` is its one image folder. With
+    `headers`, the width and height of each image are read too, where the file is new or has changed. `processes` parse
+    sidecars (None: several where there are many to read). Raises DatasetError when a root is missing or holds no
+    image, or when no row is left.
     """
+    index = _open_rows(roots, index_dir, extra_fields, annotations, processes, progress)
+    if headers:
+        index.read_headers(progress)
+    return index
+
+
+def _open_rows(
+    roots: Sequence[str | Path],
+    index_dir: Path,
+    extra_fields: Sequence[str],
+    annotations: Path | None,
+    processes: int | None,
+    progress: Progress | None,
+) -> "MetadataIndex":
     folders = _resolve_roots(roots, annotations)
     try:
         fields = parse_extra_fields(extra_fields)
@@ -69,48 +91,101 @@ def open_index(
         raise DatasetError(f"data.extra_fields: {error}") from error
     source = annotations.expanduser().resolve() if annotations is not None else None
     parent = index_dir.expanduser().resolve()
+    home = parent / _key(folders, fields, source)
+    generations = _readable_generations(home)
+    old = generations[0] if generations and source is None else None
     problems = Problems()
-    digest = hashlib.blake2b(digest_size=16)
-    if source is not None:
-        digest.update(_annotation_mark(source))
     scans: list[FolderScan] = []
     for folder in folders:
-        digest.update(b"\0root\0")
-        scans.append(scan_root(folder, digest, problems, with_sidecars=source is None, skip=parent))
-    fingerprint = digest.hexdigest()
-    home = parent / _key(folders, fields, source)
-    found = _find_generation(home, fingerprint)
-    if found is not None:
-        return found
+        num_before = sum(scan.num_files for scan in scans)
+        scans.append(
+            scan_root(
+                folder,
+                problems,
+                with_sidecars=source is None,
+                with_marks=old is not None,
+                skip=parent,
+                progress=None if progress is None else _Ahead(progress, "looking for files", num_before),
+            )
+        )
+    scanned = _digest_of_scan(scans, problems, source)
+    fingerprint = _fingerprint(scanned, scans)
+    for index in generations:
+        if index.complete and index.fingerprint == fingerprint:
+            os.utime(index.path)  # in use: the clean-up keeps the most recent ones
+            index.update = Update(kept=index.num_rows + index.num_refused)
+            _log.info("%s", index.update)
+            return index
     started = time.perf_counter()
-    rows = RowBuffer()
-    root_starts: list[int] = []
-    for scan in scans:
-        root_starts.append(rows.num_rows)
+    with Generation(home) as generation, RowWriter(generation.folder, with_marks=source is None) as rows:
         if source is None:
-            add_sidecar_rows(scan, fields, rows, problems)
+            built = add_scanned_rows(
+                scans,
+                fields,
+                rows,
+                problems,
+                old=None if old is None else old._old_rows(),
+                processes=processes,
+                progress=None if progress is None else _Of(progress, "reading sidecars"),
+            )
+            root_starts, update = built.root_starts, built.update
+            fingerprint = _fingerprint(scanned, scans)  # the marks of what was read
+            carried = None if old is None else newest_headers(old.path)
+            if carried is not None:
+                carry_headers(carried, built.sources, generation.folder)
         else:
-            add_annotation_rows(source, scan, fields, rows, problems)
-    if not rows.num_rows:
-        raise DatasetError(describe_no_rows(scans, problems, source))
-    facts = {
-        "fingerprint": fingerprint,
-        "roots": [str(folder) for folder in folders],
-        "root_starts": root_starts,
-        "extra_fields": list(extra_fields),
-        "annotations": None if source is None else printable(source),
-    }
-    index = MetadataIndex.load(_write_generation(home, facts, rows, problems))
+            add_annotation_rows(source, scans[0], fields, rows, problems)
+            root_starts, update = [0], Update(new=rows.num_rows)
+        if not rows.num_rows:
+            raise DatasetError(describe_no_rows(scans, problems, source))
+        facts = {
+            "roots": [str(folder) for folder in folders],
+            "root_starts": root_starts,
+            "extra_fields": list(extra_fields),
+            "annotations": None if source is None else printable(source),
+        }
+        path = finish_index(generation, rows, problems, fingerprint, facts)
+    clean_up(home, path)
+    index = MetadataIndex.load(path)
+    index.update = update
+    _log.info("%s", update)
     _log.info("indexed %d rows in %.1f s: %s", index.num_rows, time.perf_counter() - started, index.path)
     return index
+
+
+def finish_index(
+    generation: Generation, rows: RowWriter, problems: Problems, fingerprint: str, facts: Mapping[str, Any]
+) -> Path:
+    """Complete an index whose rows are written, and give it its final place.
+
+    facts: roots, root_starts (the first row of each), extra_fields, and annotations (None: the rows have marks).
+    """
+    sizes = rows.close()
+    for name, content in ((_TAGS, {"tags": rows.tags.names}), (_PROBLEMS, _problems_content(problems))):
+        sizes[name] = generation.write_json(name, {"format_version": FORMAT_VERSION, **content})
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        **facts,
+        "num_rows": rows.num_rows,
+        "num_refused": sum(item.mark is not None for item in problems.rejected),
+        "rating_counts": rows.rating_counts,
+        "complete": problems.unreadable == 0,
+        "sizes": sizes,
+    }
+    generation.write_json(_META, meta)
+    return generation.commit(fingerprint)
 
 
 class MetadataIndex:
     """Rows in the order of (root, relative path of the image); all arrays are read-only and memory-mapped.
 
-    `tag_names` are the index's own tags by number; the tags of row `r` are `tag_ids[tag_offsets[r]:tag_offsets[r+1]]`
-    (uint16 or uint32; `tag_offsets` int64 [N+1]). `image_ids` uint64 [N] is `stable_id` of the stem. `ratings` uint8
-    [N] is 0 for none, else 1 + the position in RATINGS. Safe to read from any thread.
+    `tag_names` are the index's own tags by number, in the order of their first occurrence; when files change, a tag
+    may get another number, so numbers are good for this index alone. The tags of row `r` are
+    `tag_ids[tag_offsets[r]:tag_offsets[r+1]]` (uint16 or uint32; `tag_offsets` int32 or int64 [N+1]). `image_ids`
+    uint64 [N] is `stable_id` of the stem. `ratings` uint8 [N] is 0 for none, else 1 + the position in RATINGS.
+    `sidecar_sizes` uint32 [N] in bytes and `sidecar_mtimes` int64 [N] in ns are those of the sidecar when it was read;
+    None where the rows come from an annotation file. Safe to read from any thread.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
@@ -119,31 +194,51 @@ class MetadataIndex:
         self.fingerprint: str = meta["fingerprint"]
         self.roots = tuple(Path(root) for root in meta["roots"])
         self.num_rows: int = meta["num_rows"]
-        self.tag_names: tuple[str, ...] = tuple(read_json(path / _TAGS, "index tags", FORMAT_VERSION)["tags"])
-        self.tag_ids = _open_array(path / "tag_ids.npy")
-        self.tag_offsets: NDArray[np.int64] = _open_array(path / "tag_offsets.npy")
-        self.image_ids: NDArray[np.uint64] = _open_array(path / "image_ids.npy")
-        self.ratings: NDArray[np.uint8] = _open_array(path / "ratings.npy")
-        self._paths: NDArray[np.uint8] = _open_array(path / "paths.npy")
-        self._path_offsets: NDArray[np.int64] = _open_array(path / "path_offsets.npy")
-        self._root_starts = np.array(meta["root_starts"], dtype=np.int64)
+        # Sidecars that were refused for what they hold.
+        self.num_refused: int = meta["num_refused"]
         # False when a file could not be read, which another attempt may mend.
         self.complete: bool = meta["complete"]
+        # What opening it has found changed; None for an index that was loaded by its path.
+        self.update: Update | None = None
+        # Sizes of the images, where they were asked for.
+        self.headers: ImageHeaders | None = None
+        self.tag_names: tuple[str, ...] = tuple(read_json(path / _TAGS, "index tags", FORMAT_VERSION)["tags"])
+        self.tag_ids = open_column(path / "tag_ids.npy")
+        self.tag_offsets: NDArray[np.signedinteger] = open_column(path / "tag_offsets.npy")
+        self.image_ids: NDArray[np.uint64] = open_column(path / "image_ids.npy")
+        self.ratings: NDArray[np.uint8] = open_column(path / "ratings.npy")
+        self.sidecar_sizes: NDArray[np.uint32] | None = None
+        self.sidecar_mtimes: NDArray[np.int64] | None = None
+        if meta["annotations"] is None:
+            self.sidecar_sizes = open_column(path / "sidecar_sizes.npy")
+            self.sidecar_mtimes = open_column(path / "sidecar_mtimes.npy")
+        self._paths: NDArray[np.uint8] = open_column(path / "paths.npy")
+        self._path_offsets: NDArray[np.signedinteger] = open_column(path / "path_offsets.npy")
+        self._tag_counts: NDArray[np.int64] = open_column(path / "tag_counts.npy")
+        self._root_starts = np.array(meta["root_starts"], dtype=np.int64)
+        self._rating_counts: list[int] = meta["rating_counts"]
 
     @classmethod
-    def load(cls, path: Path) -> "MetadataIndex":
-        """Open the index in a folder, from any process; raises FormatError when it is damaged or newer."""
+    def load(cls, path: Path, headers: Path | None = None) -> "MetadataIndex":
+        """Open the index in a folder, from any process, and its image headers in another, if that is named.
+
+        Takes the same time for any number of rows. Raises FormatError when one is damaged or newer.
+        """
         meta = read_json(path / _META, "index", FORMAT_VERSION)
-        for name, size in meta["sizes"].items():
-            found = (path / name).stat().st_size if (path / name).is_file() else 0
-            if found != size:
-                raise FormatError(
-                    f"index {path} is damaged: {name} has {found} bytes, expected {size}; delete the folder"
-                )
-        return cls(path, meta)
+        check_sizes(path, meta["sizes"], "index")
+        index = cls(path, meta)
+        index.headers = None if headers is None else ImageHeaders.load(headers)
+        return index
+
+    def read_headers(self, progress: Progress | None = None) -> ImageHeaders:
+        """Width and height of every image, read now where a file is new or has changed; kept as `headers`."""
+        if self.headers is None:
+            told = None if progress is None else _Of(progress, "reading image headers")
+            self.headers = read_headers(self.path, self.num_rows, self.image_paths, told)
+        return self.headers
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).load, (self.path,)
+        return type(self).load, (self.path, None if self.headers is None else self.headers.path)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -159,6 +254,10 @@ class MetadataIndex:
         row = self._check_row(row)
         root = int(np.searchsorted(self._root_starts, row, side="right")) - 1
         return self.roots[root] / self.relative_path(row)
+
+    def image_paths(self, rows: range) -> list[Path]:
+        """Absolute paths of the images of consecutive rows."""
+        return [self.image_path(row) for row in rows]
 
     def stem(self, row: int) -> str:
         """File name of the image without suffix, which its sidecar shares."""
@@ -180,13 +279,12 @@ class MetadataIndex:
         return Record(str(self.image_path(row)), self.stem(row), tags, self.rating(row))
 
     def tag_counts(self) -> NDArray[np.int64]:
-        """Rows that carry each tag, int64 [len(tag_names)]."""
-        return np.bincount(self.tag_ids, minlength=len(self.tag_names)).astype(np.int64)
+        """Rows that carry each tag, int64 [len(tag_names)], counted when the index was built."""
+        return self._tag_counts
 
     def rating_counts(self) -> dict[str, int]:
         """Rows of each rating that occurs, in the order of RATINGS."""
-        counts = np.bincount(self.ratings, minlength=len(RATINGS) + 1)[1:]
-        return {rating: int(count) for rating, count in zip(RATINGS, counts, strict=True) if count}
+        return {rating: count for rating, count in zip(RATINGS, self._rating_counts[1:], strict=True) if count}
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -218,6 +316,25 @@ class MetadataIndex:
     @cached_property
     def _problems(self) -> Problems:
         return _read_problems(self.path / _PROBLEMS)
+
+    def _old_rows(self) -> OldRows:
+        """These rows as what a new index can take over."""
+        assert self.sidecar_sizes is not None and self.sidecar_mtimes is not None
+        refused, odd_ratings = problems_by_sidecar(self._problems)
+        return OldRows(
+            [*self._root_starts.tolist(), self.num_rows],
+            self._paths,
+            self._path_offsets,
+            self.tag_names,
+            self.tag_ids,
+            self.tag_offsets,
+            self.image_ids,
+            self.ratings,
+            self.sidecar_sizes,
+            self.sidecar_mtimes,
+            refused,
+            odd_ratings,
+        )
 
     def _check_row(self, row: int) -> int:
         if not 0 <= row < self.num_rows:
@@ -256,77 +373,69 @@ def _key(roots: tuple[Path, ...], fields: tuple[ExtraField, ...], annotations: P
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def _find_generation(home: Path, fingerprint: str) -> MetadataIndex | None:
-    for path in sorted(home.glob(f"{fingerprint}-*")):
+class _Ahead:
+    """Tells of files that are found, on top of those of other roots."""
+
+    def __init__(self, progress: Progress, what: str, before: int) -> None:
+        self._progress, self._what, self._before = progress, what, before
+
+    def __call__(self, num_files: int) -> None:
+        self._progress(self._what, self._before + num_files, None)
+
+
+class _Of:
+    """Tells how many of how many are done."""
+
+    def __init__(self, progress: Progress, what: str) -> None:
+        self._progress, self._what = progress, what
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress(self._what, done, total)
+
+
+def _digest_of_scan(scans: Sequence[FolderScan], problems: Problems, source: Path | None) -> bytes:
+    """What a scan found beside its pairs."""
+    digest = hashlib.blake2b(b"" if source is None else _annotation_mark(source), digest_size=16)
+    lists = [problems.images_without_sidecar, problems.sidecars_without_image]
+    lists += [[f"{item.path}/{item.reason}" for item in problems.rejected]]
+    lists += [scan.images for scan in scans]
+    for names in lists:
+        digest.update(f"\0{len(names)}\0".encode())
+        for name in names:
+            digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.digest()
+
+
+def _fingerprint(scanned: bytes, scans: Sequence[FolderScan]) -> str:
+    """Hash of everything that decides the rows: names, sizes and times."""
+    digest = hashlib.blake2b(scanned, digest_size=16)
+    for scan in scans:
+        pairs = scan.pairs
+        for column in (pairs.ends, pairs.paths, pairs.suffixes, pairs.sizes, pairs.mtimes):
+            digest.update(column.data)
+    return digest.hexdigest()
+
+
+def _readable_generations(home: Path) -> list[MetadataIndex]:
+    """What stands, the latest first."""
+    found: list[MetadataIndex] = []
+    for path in newest_first(home):
         try:
-            index = MetadataIndex.load(path)
+            found.append(MetadataIndex.load(path))
         except FormatError as error:
             _log.warning("%s; building it anew", error)
-            continue
-        if index.complete and index.fingerprint == fingerprint:
-            os.utime(path)  # in use: the clean-up keeps the most recent ones
-            return index
-    return None
-
-
-def _write_generation(home: Path, facts: dict[str, Any], rows: RowBuffer, problems: Problems) -> Path:
-    """Write beside the final place, then rename: a reader sees a whole generation or none."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
-    except OSError as error:
-        raise DatasetError(_cannot_write(home, error)) from error
-    try:
-        sizes = write_arrays(temporary, rows.arrays())
-        for name, content in (
-            (_TAGS, {"format_version": FORMAT_VERSION, "tags": rows.tag_names}),
-            (_PROBLEMS, _problems_content(problems)),
-        ):
-            write_json(temporary / name, content)
-            sizes[name] = (temporary / name).stat().st_size
-        meta = {
-            "format_version": FORMAT_VERSION,
-            **facts,
-            "num_rows": rows.num_rows,
-            "complete": problems.unreadable == 0,
-            "sizes": sizes,
-        }
-        write_json(temporary / _META, meta)
-        # mkdtemp makes a folder for its owner alone; an index is shared like any other file.
-        temporary.chmod(0o755)
-        final = home / f"{facts['fingerprint']}-{uuid.uuid4().hex[:8]}"
-        temporary.rename(final)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise DatasetError(_cannot_write(home, error)) from error
-        raise
-    _clean_up(home, final)
-    return final
-
-
-def _cannot_write(home: Path, error: OSError) -> str:
-    return f"data.index_dir: cannot write {home}: {error.strerror or error}; name another folder or make room"
-
-
-def _clean_up(home: Path, current: Path) -> None:
-    """Drop old generations, but not the last ones: another run may be about to open its own by path."""
-    ages = {path: path.stat().st_mtime for path in home.iterdir() if path != current and path.is_dir()}
-    generations = sorted((path for path in ages if not path.name.startswith(".")), key=lambda p: -ages[p])
-    abandoned = [
-        path for path in ages if path.name.startswith(".tmp-") and ages[path] < time.time() - _STALE_TEMPORARY_S
-    ]
-    for path in (*generations[_KEPT_GENERATIONS - 1 :], *abandoned):
-        shutil.rmtree(path, ignore_errors=True)
+    return found
 
 
 def _problems_content(problems: Problems) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
-        "rejected": [[item.path, item.reason] for item in problems.rejected],
+        "rejected": [[item.path, item.reason, *(item.mark or ())] for item in problems.rejected],
         "images_without_sidecar": problems.images_without_sidecar,
         "sidecars_without_image": problems.sidecars_without_image,
-        "unknown_ratings": [[item.path, item.reason] for item in problems.unknown_ratings],
+        "unknown_ratings": [
+            [item.path, item.reason, row]
+            for item, row in zip(problems.unknown_ratings, problems.unknown_rating_rows, strict=True)
+        ],
         "skipped": dict(problems.skipped),
         "unreadable": problems.unreadable,
     }
@@ -335,16 +444,11 @@ def _problems_content(problems: Problems) -> dict[str, Any]:
 def _read_problems(path: Path) -> Problems:
     content = read_json(path, "index problems", FORMAT_VERSION)
     return Problems(
-        [Rejected(*item) for item in content["rejected"]],
+        [Rejected(path, reason, tuple(mark) or None) for path, reason, *mark in content["rejected"]],
         content["images_without_sidecar"],
         content["sidecars_without_image"],
-        [Rejected(*item) for item in content["unknown_ratings"]],
+        [Rejected(path, reason) for path, reason, _ in content["unknown_ratings"]],
+        [row for *_, row in content["unknown_ratings"]],
         Counter(content["skipped"]),
         content["unreadable"],
     )
-
-
-def _open_array(path: Path) -> NDArray[Any]:
-    # A plain view of the map: np.memmap's own indexing costs several times an ndarray's.
-    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    return mapped

@@ -1,179 +1,154 @@
-"""The rows of an index, from sidecars or an annotation file, and the arrays that hold them on disk.
+"""The columns of an index, written block by block.
 
-A row costs bytes in a few growing buffers, never a Python object that stays. Rows keep the order in which they are
-added, and tags are numbered as they first occur, so the same files give the same index everywhere.
+A row costs eight bytes of memory while it is written, never a Python object that stays. Tags are numbered as they
+first occur in the rows, so the same rows give the same bytes whoever read them, and in which order.
 """
 
-import itertools
-import os
-import time
-from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tagger.data.scan import TRANSIENT_ERRORS, DatasetError, FolderScan, Problems, printable
-from tagger.data.sidecar import MAX_SIDECAR_BYTES, RATINGS, ExtraField, SidecarError, parse_sidecar
+from tagger.data.columns import ColumnWriter, offsets_of, write_column
+from tagger.data.sidecar_rows import RATING_CODES, stem_ids
 
-_READ_BYTES = 16 * 1024
-_CHUNK_FILES = 256
-_READ_THREADS = 16
-# A read from the page cache takes about 5 us and gains nothing from threads; one that waits for a disk or a network
-# does.
-_SLOW_READ_S = 1e-4
-_RETRY_WAITS_S = (0.1, 0.5, 2.0)
-_RATING_CODES: dict[str | None, int] = {None: 0, **{rating: code for code, rating in enumerate(RATINGS, 1)}}
+BLOCK_ROWS = 4096
 
 
-class RowBuffer:
-    """Rows as they are added; `arrays()` gives them as the index stores them."""
+class TagNumbers:
+    """Final numbers of tags in the order of their first occurrence, given names that arrive in any order."""
 
     def __init__(self) -> None:
-        self.num_rows = 0
-        self._tags = _TagNumbers()
-        self._tag_ids = array("I")
-        self._tag_ends = array("q", [0])
-        self._paths = bytearray()
-        self._path_ends = array("q", [0])
-        self._image_ids = bytearray()
-        self._ratings = bytearray()
+        self._interned: dict[str, int] = {}
+        self._final = np.full(1024, -1, dtype=np.int64)
+        self.names: list[str] = []
+        self._order: list[str] = []
 
-    @property
-    def tag_names(self) -> tuple[str, ...]:
-        """Every tag met so far, in the order of its number."""
-        return tuple(self._tags)
+    def intern(self, names: Iterable[str]) -> NDArray[np.int64]:
+        """Provisional numbers of names, int64."""
+        interned = self._interned
+        numbers = [interned.setdefault(name, len(interned)) for name in names]
+        self._order.extend(islice(interned, len(self._order), None))
+        if len(interned) > len(self._final):
+            grown = np.full(2 * len(interned), -1, dtype=np.int64)
+            grown[: len(self._final)] = self._final
+            self._final = grown
+        return np.array(numbers, dtype=np.int64)
+
+    def finalise(self, provisional: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Final numbers of the tags of the next rows."""
+        final = self._final[provisional]
+        unseen = np.flatnonzero(final < 0)
+        if len(unseen):
+            fresh, first = np.unique(provisional[unseen], return_index=True)
+            fresh = fresh[np.argsort(first)]
+            self._final[fresh] = np.arange(len(self.names), len(self.names) + len(fresh))
+            self.names += [self._order[number] for number in fresh.tolist()]
+            final = self._final[provisional]
+        return final
+
+
+class RowWriter:
+    """Takes rows in their order and writes the columns of an index into a folder."""
+
+    def __init__(self, folder: Path, *, with_marks: bool) -> None:
+        self._num_written = 0
+        self.tags = TagNumbers()
+        self._folder = folder
+        self._added: list[tuple[str, tuple[str, ...], str | None]] = []
+        columns: dict[str, type[np.generic]] = {
+            "tag_ids": np.uint16,
+            "paths": np.uint8,
+            "image_ids": np.uint64,
+            "ratings": np.uint8,
+        }
+        if with_marks:
+            columns |= {"sidecar_sizes": np.uint32, "sidecar_mtimes": np.int64}
+        self._columns = {name: ColumnWriter(folder / f"{name}.npy", dtype) for name, dtype in columns.items()}
+        self._tag_lengths: list[NDArray[np.int32]] = []
+        self._path_lengths: list[NDArray[np.int32]] = []
+        self._tag_counts = np.zeros(1024, dtype=np.int64)
+        self._rating_counts = np.zeros(len(RATING_CODES), dtype=np.int64)
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for column in self._columns.values():
+            column.__exit__(kind, error, trace)
+
+    def append(
+        self,
+        tags: NDArray[np.int64],
+        tag_lengths: NDArray[np.int32],
+        paths: NDArray[np.uint8],
+        path_lengths: NDArray[np.int32],
+        **columns: NDArray[Any],
+    ) -> None:
+        """Add N rows: provisional numbers of their tags, flat, and UTF-8 paths, flat, with N lengths of each.
+
+        columns: image_ids, ratings and, if the writer has them, sidecar_sizes and sidecar_mtimes, of N values each.
+        """
+        numbers = self.tags.finalise(tags)
+        if len(self.tags.names) > len(self._tag_counts):
+            self._tag_counts = np.concatenate([self._tag_counts, np.zeros(2 * len(self.tags.names), dtype=np.int64)])
+        counts = np.bincount(numbers)
+        self._tag_counts[: len(counts)] += counts
+        self._rating_counts += np.bincount(columns["ratings"], minlength=len(RATING_CODES))
+        self._columns["tag_ids"].append(numbers)
+        self._columns["paths"].append(paths)
+        for name, values in columns.items():
+            self._columns[name].append(values)
+        self._tag_lengths.append(tag_lengths)
+        self._path_lengths.append(path_lengths)
+        self._num_written += len(tag_lengths)
 
     def add(self, path: str, tags: Iterable[str], rating: str | None) -> None:
-        """Append a row: the POSIX path of its image below the root, distinct tags, a rating of RATINGS or None."""
-        self._tag_ids.extend(map(self._tags.__getitem__, tags))
-        self._tag_ends.append(len(self._tag_ids))
-        encoded = path.encode("utf-8", "surrogatepass")
-        self._paths += encoded
-        self._path_ends.append(len(self._paths))
-        stem = encoded[encoded.rfind(b"/") + 1 : encoded.rfind(b".")]
-        self._image_ids += blake2b(stem, digest_size=8).digest()  # rng.stable_id of the stem
-        self._ratings.append(_RATING_CODES[rating])
-        self.num_rows += 1
+        """Append one row by its names: the POSIX path of its image, distinct tags, a rating of RATINGS or None."""
+        self._added.append((path, tuple(tags), rating))
+        if len(self._added) == BLOCK_ROWS:
+            self._append_added()
 
-    def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The columns by file name (without `.npy`)."""
-        small = len(self._tags) <= np.iinfo(np.uint16).max + 1
-        return {
-            "tag_ids": np.array(self._tag_ids, dtype=np.uint16 if small else np.uint32),
-            "tag_offsets": np.array(self._tag_ends, dtype=np.int64),
-            "paths": np.frombuffer(self._paths, dtype=np.uint8),
-            "path_offsets": np.array(self._path_ends, dtype=np.int64),
-            "image_ids": np.frombuffer(self._image_ids, dtype="<u8").astype(np.uint64),
-            "ratings": np.frombuffer(self._ratings, dtype=np.uint8),
-        }
-
-
-class _TagNumbers(dict[str, int]):
-    """Numbers a tag at the first look-up, so that the hot loop is one C call a row."""
-
-    def __missing__(self, tag: str) -> int:
-        number = self[tag] = len(self)
-        return number
-
-
-def add_sidecar_rows(scan: FolderScan, extra_fields: Sequence[ExtraField], rows: RowBuffer, problems: Problems) -> None:
-    """Read and parse the sidecars of a root in order; what cannot be used becomes a problem."""
-    prefix = f"{scan.root}/"
-    contents = read_files([prefix + sidecar for _, sidecar in scan.pairs])
-    for (image, sidecar), content in zip(scan.pairs, contents, strict=True):
-        if isinstance(content, OSError):
-            problems.reject_unreadable(scan.root / sidecar, content)
-            continue
-        try:
-            parsed = parse_sidecar(content, extra_fields)
-        except SidecarError as error:
-            problems.reject(scan.root / sidecar, error.reason)
-            continue
-        if parsed.bad_rating is not None:
-            problems.note_rating(scan.root / sidecar, parsed)
-        rows.add(image, parsed.tags, parsed.rating)
-
-
-def read_files(paths: Sequence[str]) -> Iterator[bytes | OSError]:
-    """Contents of files (at most one byte over the largest sidecar), or why there is none, in the order of `paths`.
-
-    Reads in this thread while the storage answers at once, in several when it makes us wait. Raises DatasetError when
-    storage keeps failing: an outage must not leave images out.
-    """
-    position, slow = 0, False
-    while position < len(paths) and not slow:
-        chunk = paths[position : position + _CHUNK_FILES]
-        started = time.perf_counter()
-        contents = _read_chunk(chunk)
-        slow = time.perf_counter() - started > _SLOW_READ_S * len(chunk)
-        position += len(chunk)
-        yield from contents
-    if position < len(paths):
-        yield from _read_in_threads(paths[position:])
-
-
-def _read_in_threads(paths: Sequence[str]) -> Iterator[bytes | OSError]:
-    size = max(1, _CHUNK_FILES // _READ_THREADS)
-    chunks = (paths[start : start + size] for start in range(0, len(paths), size))
-    with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read-sidecars") as pool:
-        pending: deque[Future[list[bytes | OSError]]] = deque(
-            pool.submit(_read_chunk, chunk) for chunk in itertools.islice(chunks, 2 * _READ_THREADS)
+    def _append_added(self) -> None:
+        added, self._added = self._added, []
+        paths = [path.encode("utf-8", "surrogatepass") for path, _, _ in added]
+        self.append(
+            self.tags.intern(tag for _, tags, _ in added for tag in tags),
+            np.array([len(tags) for _, tags, _ in added], dtype=np.int32),
+            np.frombuffer(b"".join(paths), dtype=np.uint8),
+            np.array([len(path) for path in paths], dtype=np.int32),
+            image_ids=stem_ids([path for path, _, _ in added]),
+            ratings=np.array([RATING_CODES[rating] for _, _, rating in added], dtype=np.uint8),
         )
-        while pending:
-            contents = pending.popleft().result()
-            pending.extend(pool.submit(_read_chunk, chunk) for chunk in itertools.islice(chunks, 1))
-            yield from contents
+
+    def close(self) -> dict[str, int]:
+        """Complete the columns on the disk; gives the sizes of the files in bytes by name."""
+        if self._added:
+            self._append_added()
+        extra = {
+            "tag_offsets": offsets_of(_joined(self._tag_lengths)),
+            "path_offsets": offsets_of(_joined(self._path_lengths)),
+            "tag_counts": self._tag_counts[: len(self.tags.names)],
+        }
+        sizes = {column.path.name: column.close() for column in self._columns.values()}
+        return sizes | {f"{name}.npy": write_column(self._folder / f"{name}.npy", extra[name]) for name in extra}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows taken so far."""
+        return self._num_written + len(self._added)
+
+    @property
+    def rating_counts(self) -> list[int]:
+        """Rows of each of RATING_CODES."""
+        return [int(count) for count in self._rating_counts]
 
 
-def _read_chunk(paths: Sequence[str]) -> list[bytes | OSError]:
-    return [_read_file(path) for path in paths]
-
-
-def _read_file(path: str) -> bytes | OSError:
-    for wait_s in (*_RETRY_WAITS_S, None):
-        try:
-            return _read_once(path)
-        except OSError as error:
-            if error.errno not in TRANSIENT_ERRORS:
-                return error
-            if wait_s is None:
-                raise DatasetError(
-                    f"data.roots: cannot read {printable(path)}: {error.strerror}; check the disk and start again"
-                ) from error
-            time.sleep(wait_s)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _read_once(path: str) -> bytes:
-    # Twice as fast as open(): no buffer object, no fstat.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        content = os.read(handle, _READ_BYTES)
-        if len(content) < _READ_BYTES:
-            return content
-        parts = [content]
-        size = len(content)
-        while size <= MAX_SIDECAR_BYTES and (part := os.read(handle, MAX_SIDECAR_BYTES + 1 - size)):
-            parts.append(part)
-            size += len(part)
-        return b"".join(parts)
-    finally:
-        os.close(handle)
-
-
-def write_arrays(folder: Path, arrays: dict[str, NDArray[np.generic]]) -> dict[str, int]:
-    """Write columns as `.npy` files that reach the disk before this returns; gives their sizes in bytes by name."""
-    sizes: dict[str, int] = {}
-    for name, values in arrays.items():
-        path = folder / f"{name}.npy"
-        with path.open("wb") as stream:
-            np.save(stream, values, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-            sizes[path.name] = stream.tell()
-    return sizes
+def _joined(parts: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

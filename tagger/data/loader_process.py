@@ -106,6 +106,18 @@ class _Slot:
             self.memory[: images.numel()] = images.numpy().reshape(-1)
 
 
+class _Stop(threading.Event):
+    """Set by whoever ends a pass; wakes the thread that waits for the next grant."""
+
+    def __init__(self, granted: "queue.SimpleQueue[Grant | None]") -> None:
+        super().__init__()
+        self._granted = granted
+
+    def set(self) -> None:
+        super().set()
+        self._granted.put(None)
+
+
 class _Pass:
     """One pass over an epoch: granted batches go in, in order; prepared ones go out in the same order."""
 
@@ -116,7 +128,7 @@ class _Pass:
         self._sender = sender
         self._granted: queue.SimpleQueue[Grant | None] = queue.SimpleQueue()
         self._pending: deque[Grant] = deque()
-        self._stopping = threading.Event()
+        self._stopping = _Stop(self._granted)
         self._prefetcher: OrderedPrefetcher[PreparedBatch] = OrderedPrefetcher(
             self._jobs(), num_threads=num_threads, max_in_flight=_NO_LIMIT, stopping=self._stopping
         )
@@ -133,8 +145,6 @@ class _Pass:
 
     def end(self) -> None:
         """Drop what is not prepared. Ends the process where a thread hangs: it could write to a slot later."""
-        self._stopping.set()
-        self._granted.put(None)
         self._prefetcher.close()
         self._reporter.join()
         if any(thread.name.startswith("loader-") for thread in threading.enumerate()):
@@ -160,8 +170,7 @@ class _Pass:
         except StopIteration:
             return False
         except BaseException as error:
-            if not self._stopping.is_set():
-                self._sender.send(Failed.of(self._pending[0].number, error, traceback.format_exc()))
+            self._sender.send(Failed.of(self._pending[0].number, error, traceback.format_exc()))
             self._pending.clear()
             return False
         self._pending.popleft()
@@ -183,10 +192,11 @@ class _LogToParent(logging.Handler):
 class _Worker:
     def __init__(self, setup: Setup, sender: Sender) -> None:
         ring = SharedBlock.attach(setup.ring_bytes, setup.ring_handle)
-        source: BatchSource = shared(SharedBlock.attach(setup.source_bytes, setup.source_handle), setup.source_sizes)
+        self._source: BatchSource = shared(
+            SharedBlock.attach(setup.source_bytes, setup.source_handle), setup.source_sizes
+        )
         self._cells = board_of(ring, setup.num_processes)[setup.number]
         self._cells[1:] = 0
-        self._source = source
         slots = ring.array[board_bytes(setup.num_processes) :].reshape(-1, setup.slot_bytes)
         self._slots = [_Slot(memory) for memory in slots]
         self._setup = setup

@@ -25,7 +25,7 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Begin:
-    """To the process: a pass over an epoch begins."""
+    """To the process: a pass over an epoch begins. What is known of broken files changes between passes."""
 
     epoch: int
     known_bad: KnownBad

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.int64]
 
 
-def gather(offsets: NDArray[np.int64], values: NDArray[np.integer], lists: Numbers) -> tuple[Numbers, Numbers]:
+def gather(offsets: NDArray[np.signedinteger], values: NDArray[np.integer], lists: Numbers) -> tuple[Numbers, Numbers]:
     """The values of some lists: (values [T], and the place in `lists` that each belongs to [T]).
 
     List i is `values[offsets[i]:offsets[i + 1]]`.

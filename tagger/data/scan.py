@@ -1,21 +1,22 @@
 """What a folder tree holds: images paired with their sidecars, and everything that could not be paired.
 
 Nothing is dropped unseen: what gives no row is kept as a problem with its path and reason. Folders reached through
-symbolic links are not entered (links can form loops), hidden entries are skipped; both are counted.
+symbolic links are not entered (links can form loops), nor hidden ones; both are counted.
 """
 
 import errno
 import os
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 
 from PIL import features
 
-from tagger.data.sidecar import MAX_SIDECAR_BYTES, ParsedSidecar, SidecarError, parse_sidecar
+from tagger.data.pairs import NO_MARK, SUFFIX_NUMBERS, SUFFIXES, PairTable
 from tagger.errors import InputError
 
 # Failures of storage, not of a file: worth another attempt, and never a reason to leave an image out.
@@ -29,10 +30,14 @@ class DatasetError(InputError):
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file or entry that gives no row. `reason` reads "kind: detail", or is the kind alone."""
+    """A file or entry that gives no row. `reason` reads "kind: detail", or is the kind alone.
+
+    `mark` is the sidecar's (size, mtime_ns) when it was refused; None where another attempt may end otherwise.
+    """
 
     path: str
     reason: str
+    mark: tuple[int, int] | None = None
 
     @property
     def kind(self) -> str:
@@ -42,37 +47,45 @@ class Rejected:
 
 @dataclass
 class Problems:
-    """All that a scan and a build could not use. `unreadable` counts what another attempt may be able to read."""
+    """All that a scan and a build could not use. `unreadable` counts what another attempt may be able to read.
+
+    `unknown_rating_rows` are the rows of `unknown_ratings`.
+    """
 
     rejected: list[Rejected] = field(default_factory=list)
     images_without_sidecar: list[str] = field(default_factory=list)
     sidecars_without_image: list[str] = field(default_factory=list)
     unknown_ratings: list[Rejected] = field(default_factory=list)
+    unknown_rating_rows: list[int] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
 
-    def reject(self, path: str | Path, reason: str) -> None:
+    def reject(self, path: str | Path, reason: str, mark: tuple[int, int] | None = None) -> None:
         """Keep what is wrong with `path`."""
-        self.rejected.append(Rejected(printable(path), printable(reason)))
+        self.rejected.append(Rejected(printable(path), printable(reason), mark))
 
-    def reject_unreadable(self, path: str | Path, error: OSError) -> None:
-        """Keep a failure of the system, not of the content; an index with one is built anew at the next start."""
+    def reject_unreadable(self, path: str | Path, reason: str) -> None:
+        """Keep a failure of the system, not of the content; an index with one is completed at the next start."""
         self.unreadable += 1
-        self.reject(path, f"unreadable: {error.strerror or type(error).__name__}")
+        self.reject(path, f"unreadable: {reason}")
 
-    def note_rating(self, path: str | Path, parsed: ParsedSidecar) -> None:
+    def note_rating(self, path: str | Path, text: str, row: int) -> None:
         """Keep a rating that is not understood; its row stays, without rating."""
-        if parsed.bad_rating is not None:
-            self.unknown_ratings.append(Rejected(printable(path), f"rating: {parsed.bad_rating}"))
+        self.unknown_ratings.append(Rejected(printable(path), f"rating: {printable(text)}"))
+        self.unknown_rating_rows.append(row)
 
 
 @dataclass
 class FolderScan:
-    """Sorted relative POSIX paths of the images of a root, and its (image, sidecar) pairs."""
+    """What a root holds: its (image, sidecar) pairs, or, where sidecars do not count, the sorted paths of its images.
+
+    `num_images` counts all images, paired or not.
+    """
 
     root: Path
+    pairs: PairTable = field(default_factory=PairTable)
     images: list[str] = field(default_factory=list)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
+    num_images: int = 0
     num_files: int = 0
     other_suffixes: Counter[str] = field(default_factory=Counter)
 
@@ -90,78 +103,182 @@ def printable(path: str | Path) -> str:
 
 
 def scan_root(
-    root: Path, fingerprint: blake2b, problems: Problems, *, with_sidecars: bool, skip: Path | None = None
+    root: Path,
+    problems: Problems,
+    *,
+    with_sidecars: bool,
+    with_marks: bool = True,
+    skip: Path | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> FolderScan:
-    """Walk a root once and feed every image name, and each sidecar's name, size and time, to `fingerprint`.
+    """Walk a root once; images come in the order of their paths.
 
-    `skip` is a folder to leave out. Raises DatasetError when the root is not a folder, cannot be read or holds no
-    image.
+    `with_marks` looks at the size and time of each sidecar, a fifth of what reading it costs. `skip` is a folder to
+    leave out. `progress` is told the number of files after each folder. Raises DatasetError when the root is not a
+    folder, cannot be read or holds no image.
     """
     if not root.is_dir():
         fault = "is a file; name the folder that holds the images" if root.exists() else "does not exist"
         raise DatasetError(f"data.roots: {printable(root)} {fault}")
-    scan = FolderScan(root)
-    folders = [""]
-    while folders:
-        prefix = folders.pop()
-        path = root / prefix
-        if path == skip:
+    walk = _Walk(FolderScan(root), problems, with_sidecars=with_sidecars, with_marks=with_marks)
+    left_out = None if skip is None or not skip.is_relative_to(root) else f"{skip.relative_to(root).as_posix()}/"
+    # What is still to do, the next last: folders to enter, and images that stand behind an inner folder.
+    waiting: list[str | _Run] = [""]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, _Run):
+            walk.take(item)
+            continue
+        if item == left_out:
             continue
         try:
-            inner = _scan_folder(path, prefix, scan, fingerprint, problems, with_sidecars=with_sidecars)
+            waiting += reversed(walk.enter(item))
         except OSError as error:
-            if error.errno in TRANSIENT_ERRORS or not prefix:
+            path = root / item
+            if error.errno in TRANSIENT_ERRORS or not item:
                 raise DatasetError(f"data.roots: cannot read {printable(path)}: {error.strerror or error}") from error
-            problems.reject_unreadable(path, error)
-            continue
-        folders += [f"{prefix}{name}/" for name in sorted(inner, reverse=True)]
-    if not scan.images:
-        raise DatasetError(f"data.roots: no images found in {printable(root)}: {_describe_files(scan)}")
-    scan.images.sort()
-    scan.pairs.sort()
-    return scan
+            problems.reject_unreadable(path, error.strerror or type(error).__name__)
+        if progress is not None:
+            progress(walk.scan.num_files)
+    if not walk.scan.num_images:
+        raise DatasetError(f"data.roots: no images found in {printable(root)}: {_describe_files(walk.scan)}")
+    return walk.scan
 
 
-def _scan_folder(
-    path: Path, prefix: str, scan: FolderScan, fingerprint: blake2b, problems: Problems, *, with_sidecars: bool
-) -> list[str]:
-    """Take in the files of one folder; gives the names of the folders in it."""
-    suffixes = frozenset(image_suffixes())
-    folders: list[str] = []
-    images: list[str] = []
-    sidecars: list[str] = []
-    marks: list[str] = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith("."):
-                problems.skipped["hidden entries"] += 1
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(name)
-                continue
-            scan.num_files += 1
-            _, dot, suffix = name.rpartition(".")
-            suffix = suffix.lower() if dot else ""
-            if not _ask(entry.is_file):
-                problems.skipped["links to folders" if _ask(entry.is_dir) else "not regular files"] += 1
-            elif suffix in suffixes:
-                images.append(name)
-            elif suffix == "json" and with_sidecars:
-                facts = entry.stat()
-                sidecars.append(name)
-                marks.append(f"{name}/{facts.st_size}/{facts.st_mtime_ns}")
-            else:
-                scan.other_suffixes[f".{suffix}" if suffix else "no suffix"] += 1
-    images.sort()
-    marks.sort()
-    text = "\0".join((prefix, *images, "", *marks, ""))
-    fingerprint.update(text.encode("utf-8", "surrogatepass"))
-    scan.images += [prefix + name for name in images] if prefix else images
-    if with_sidecars:
-        scan.other_suffixes[".json"] += len(sidecars)
-        _pair(path, prefix, images, sidecars, scan, problems)
-    return folders
+@dataclass
+class _Run:
+    """Images of one folder, sorted by name, with their sidecars' suffixes and marks."""
+
+    prefix: str
+    names: Sequence[str]
+    suffixes: Sequence[int] = ()
+    sizes: Sequence[int] = ()
+    mtimes: Sequence[int] = ()
+    rivals: frozenset[str] = frozenset()
+
+    def part(self, start: int, stop: int) -> "_Run":
+        cut = slice(start, stop)
+        return _Run(self.prefix, self.names[cut], self.suffixes[cut], self.sizes[cut], self.mtimes[cut], self.rivals)
+
+
+class _Kinds(dict[str, int]):
+    """What the suffix of a file says: 0 nothing, 1 an image, 2 + SUFFIX_NUMBERS a sidecar."""
+
+    def __missing__(self, suffix: str) -> int:
+        number = 0
+        if suffix.lower() in image_suffixes():
+            number = 1
+        elif suffix.lower() == "json":
+            number = 2 + SUFFIX_NUMBERS[suffix]
+        if number:
+            self[suffix] = number
+        return number
+
+
+class _Walk:
+    """One walk through a root."""
+
+    def __init__(self, scan: FolderScan, problems: Problems, *, with_sidecars: bool, with_marks: bool) -> None:
+        self.scan = scan
+        self._problems = problems
+        self._with_sidecars = with_sidecars
+        self._with_marks = with_marks
+        self._kinds = _Kinds()
+        self._root = os.fspath(scan.root)
+
+    def take(self, run: _Run) -> None:
+        """Append images to the scan."""
+        if self._with_sidecars:
+            self.scan.pairs.extend(run.prefix, run.names, run.suffixes, run.sizes, run.mtimes, run.rivals)
+        else:
+            self.scan.images += [run.prefix + name for name in run.names]
+
+    def enter(self, prefix: str) -> list[str | _Run]:
+        """Look through one folder ("" or a path with a slash at the end); gives its images and folders in order."""
+        images: list[str] = []
+        sidecars: dict[str, tuple[int, int, int]] = {}
+        folders: list[str] = []
+        second: list[tuple[str, tuple[int, int, int]]] = []
+        kinds, with_marks = self._kinds, self._with_marks
+        wanted = 18 if self._with_sidecars else 2
+        mark = NO_MARK
+        num_files = 0
+        with _listing(f"{self._root}/{prefix}") as entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] == ".":
+                    # A hidden file (.DS_Store, a marker) is nobody's image; a hidden folder may hold some.
+                    if entry.is_dir(follow_symlinks=False):
+                        self._problems.skipped["hidden folders"] += 1
+                    continue
+                if not entry.is_file(follow_symlinks=False):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{name}/")
+                        continue
+                    if not _ask(entry.is_file):
+                        num_files += 1
+                        self._problems.skipped["links to folders" if _ask(entry.is_dir) else "not regular files"] += 1
+                        continue
+                num_files += 1
+                stem, _, suffix = name.rpartition(".")
+                kind = kinds[suffix] if stem else 0
+                if kind == 1:
+                    images.append(name)
+                elif 2 <= kind < wanted:
+                    if with_marks:
+                        facts = entry.stat()
+                        mark = facts.st_size, facts.st_mtime_ns
+                    found = (kind - 2, *mark)
+                    if sidecars.setdefault(stem, found) is not found:
+                        second.append((stem, found))
+                else:
+                    self.scan.other_suffixes[f".{suffix.lower()}" if stem else "no suffix"] += 1
+        self.scan.num_files += num_files
+        self.scan.num_images += len(images)
+        images.sort()
+        if second:
+            self._keep_first(prefix, sidecars, second)
+        if self._with_sidecars:
+            self.scan.other_suffixes[".json"] += len(sidecars)
+            run = self._pair(prefix, images, sidecars)
+        else:
+            run = _Run(prefix, images)
+        return _interleave(run, sorted(folders))
+
+    def _pair(self, prefix: str, images: list[str], sidecars: dict[str, tuple[int, int, int]]) -> _Run:
+        """Join the images and the sidecars of one folder by stem."""
+        stems = [name[: name.rfind(".")] for name in images]
+        found = [sidecars.get(stem) for stem in stems]
+        if None in found:
+            missing = (name for name, facts in zip(images, found, strict=True) if facts is None)
+            self._problems.images_without_sidecar += [self._named(prefix, name) for name in missing]
+            images = [name for name, facts in zip(images, found, strict=True) if facts is not None]
+            found = [facts for facts in found if facts is not None]
+        unique = frozenset(stems)
+        rivals: frozenset[str] = frozenset()
+        if len(unique) != len(stems):
+            rivals = frozenset(stem for stem, count in Counter(stems).items() if count > 1 and stem in sidecars)
+        if rivals or len(found) != len(sidecars):
+            for stem in sorted(sidecars.keys() - unique):
+                name = stem + SUFFIXES[sidecars[stem][0]]
+                self._problems.sidecars_without_image.append(self._named(prefix, name))
+        suffixes, sizes, mtimes = zip(*found, strict=True) if found else ((), (), ())
+        return _Run(prefix, images, suffixes, sizes, mtimes, rivals)
+
+    def _keep_first(
+        self, prefix: str, sidecars: dict[str, tuple[int, int, int]], second: list[tuple[str, tuple[int, int, int]]]
+    ) -> None:
+        """Keep one sidecar a stem, where names differ in the case of the suffix alone: x.json before x.JSON."""
+        for stem, found in sorted(second):
+            used, refused = sidecars[stem], found
+            if SUFFIXES[found[0]] > SUFFIXES[used[0]]:
+                used, refused = found, used
+            sidecars[stem] = used
+            reason = f"second sidecar of one image: {stem}{SUFFIXES[used[0]]} is used"
+            self._problems.reject(self._named(prefix, stem + SUFFIXES[refused[0]]), reason)
+
+    def _named(self, prefix: str, name: str) -> str:
+        return printable(self.scan.root / (prefix + name))
 
 
 def _ask(kind: Callable[[], bool]) -> bool:
@@ -174,60 +291,34 @@ def _ask(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _pair(
-    path: Path, prefix: str, images: list[str], sidecars: list[str], scan: FolderScan, problems: Problems
-) -> None:
-    """Join the (sorted) images and the sidecars of one folder by stem."""
-    sidecar_of = {name[:-5]: name for name in sidecars}
-    if len(sidecar_of) != len(sidecars):
-        sidecar_of = _first_of_stem(path, sidecars, problems)
-    image_of: dict[str, str] = {}
-    rivals: dict[str, list[str]] = {}
-    for name in images:
-        stem = name[: name.rfind(".")]
-        if image_of.setdefault(stem, name) is not name:
-            rivals.setdefault(stem, [image_of[stem]]).append(name)
-    for stem, names in rivals.items():
-        if stem not in sidecar_of:
-            problems.images_without_sidecar += [printable(path / name) for name in names[1:]]
-            continue
-        sidecar = path / sidecar_of[stem]
-        chosen = _choose_image(sidecar, names)
-        if chosen is None:
-            reason = f"ambiguous image: {', '.join(names)} share this stem; 'filename' in it must name one of them"
-            problems.reject(sidecar, reason)
-            del image_of[stem], sidecar_of[stem]
-        else:
-            problems.images_without_sidecar += [printable(path / name) for name in names if name != chosen]
-            image_of[stem] = chosen
-    for stem, image in image_of.items():
-        found = sidecar_of.pop(stem, None)
-        if found is None:
-            problems.images_without_sidecar.append(printable(path / image))
-        else:
-            scan.pairs.append((prefix + image, prefix + found))
-    problems.sidecars_without_image += [printable(path / name) for name in sorted(sidecar_of.values())]
-
-
-def _first_of_stem(path: Path, sidecars: list[str], problems: Problems) -> dict[str, str]:
-    """One sidecar a stem, where names differ in the case of the suffix alone: x.json before x.JSON."""
-    first: dict[str, str] = {}
-    for name in sorted(sidecars, reverse=True):
-        used = first.setdefault(name[:-5], name)
-        if used != name:
-            problems.reject(path / name, f"second sidecar of one image: {used} is used")
-    return first
-
-
-def _choose_image(sidecar: Path, names: list[str]) -> str | None:
-    """Which of several images with one stem the sidecar means; None where it does not say."""
+@contextmanager
+def _listing(path: str) -> Iterator[Iterable["os.DirEntry[str]"]]:
+    """The entries of a folder; through a handle where the system can, which spares each look at a file the path."""
+    if os.scandir not in os.supports_fd:
+        with os.scandir(path) as entries:
+            yield entries
+        return
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with sidecar.open("rb") as stream:
-            filename = parse_sidecar(stream.read(MAX_SIDECAR_BYTES + 1)).filename
-    except (OSError, SidecarError):
-        return names[0]  # the build meets the same fault at the same sidecar, and reports it
-    base = (filename or "").replace("\\", "/").rpartition("/")[2]
-    return base if base in names else None
+        with os.scandir(handle) as entries:
+            yield entries
+    finally:
+        os.close(handle)
+
+
+def _interleave(run: _Run, folders: list[str]) -> list[str | _Run]:
+    """The images and (sorted, slash at the end) folders of a folder in the order of full paths."""
+    items: list[str | _Run] = []
+    start = 0
+    for folder in folders:
+        stop = bisect(run.names, folder)
+        if stop > start:
+            items.append(run.part(start, stop))
+            start = stop
+        items.append(run.prefix + folder)
+    if start < len(run.names):
+        items.append(run.part(start, len(run.names)) if start else run)
+    return items
 
 
 def _describe_files(scan: FolderScan) -> str:
@@ -261,7 +352,7 @@ def describe_problems(problems: Problems) -> list[str]:
 def describe_no_rows(scans: Sequence[FolderScan], problems: Problems, annotations: Path | None) -> str:
     """One line for a data set that has images and not a single row."""
     where = ", ".join(printable(scan.root) for scan in scans)
-    num_images = sum(len(scan.images) for scan in scans)
+    num_images = sum(scan.num_images for scan in scans)
     found = f"data.roots: none of the {num_images:,} images in {where} has usable tags"
     if not problems.rejected:
         if annotations is not None:

@@ -6,6 +6,7 @@ interrupted.
 
 import dataclasses
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -17,7 +18,6 @@ import orjson
 from numpy.typing import NDArray
 
 from tagger.checkpoint.writer import fsync_folder
-from tagger.data.index_build import write_arrays
 from tagger.data.shrink_cache import ENTRY, FORMAT_VERSION, MANIFEST, META, PATH, Manifest, ShrinkCache
 from tagger.data.shrink_shards import shard_size
 from tagger.files import write_json
@@ -128,7 +128,7 @@ class Tables:
     def _write(home: Path, arrays: dict[str, NDArray[np.generic]], shards: dict[str, int]) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=home.parent))
         try:
-            sizes = write_arrays(temporary, arrays)
+            sizes = {f"{name}.npy": _save_array(temporary / f"{name}.npy", values) for name, values in arrays.items()}
             write_json(temporary / META, {"format_version": FORMAT_VERSION, "sizes": sizes, "shards": shards})
             fsync_folder(temporary)
             temporary.chmod(0o755)  # mkdtemp makes a folder for its owner alone
@@ -169,3 +169,12 @@ def find_rows(rows: Records, hashes: NDArray[np.uint64], checks: NDArray[np.uint
         at[open_] += 1
         open_ = open_[at[open_] < len(rows)]
     return found
+
+
+def _save_array(path: Path, values: NDArray[np.generic]) -> int:
+    """Write a `.npy` file that is on the disk when this returns; gives its size in bytes."""
+    with path.open("wb") as stream:
+        np.save(stream, values, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+        return stream.tell()

@@ -7,22 +7,21 @@ each image once in full for the near-duplicates. Refuses nothing that can be cou
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from tagger.data.decode import FORMATS, DecodeError, exif_orientation, sniff_format
+from tagger.data.decode import FORMATS, DecodeError, sniff_format
 from tagger.data.hash_cache import Progress, image_hashes
+from tagger.data.headers import read_header
 from tagger.data.index import MetadataIndex, Rejected
 from tagger.data.near_duplicates import find_near_duplicates
 from tagger.data.parallel import map_blocks
 from tagger.data.prefetch import default_num_threads
 from tagger.data.scan import printable
 
-_HEADER_BYTES = 1 << 16
+_MAGIC_BYTES = 32
 _BLOCK_ROWS = 64
 _EXAMPLES = 5
 _EXAMPLE_GROUPS = 12
@@ -169,23 +168,6 @@ def survey(
     )
 
 
-def read_size(content: bytes) -> tuple[str, int, int]:
-    """(format, width, height) as the image is shown, from the beginning of its file. Raises DecodeError.
-
-    For most files the first 64 KiB are enough; Pillow wants all of a WebP, and often of a TIFF.
-    """
-    kind = sniff_format(content)
-    try:
-        with Image.open(BytesIO(content), formats=[kind]) as image:
-            width, height = image.size
-            exif = image.info.get("exif")
-    except Exception as error:
-        # Pillow's parsers raise nearly any type on hostile bytes.
-        raise DecodeError(f"damaged {kind}", " ".join(str(error).split())) from error
-    turned = isinstance(exif, bytes) and exif_orientation(exif) >= 5
-    return kind, *((height, width) if turned else (width, height))
-
-
 def _read_headers(
     index: MetadataIndex, num_threads: int
 ) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.int64], dict[str, list[str]]]:
@@ -216,16 +198,12 @@ def _read_headers(
 
 def _read_header(path: Path) -> tuple[str, int, tuple[int, int]]:
     with path.open("rb") as stream:
-        content = stream.read(_HEADER_BYTES)
-        size = stream.seek(0, 2)
-        try:
-            kind, width, height = read_size(content)
-        except DecodeError:
-            if size <= len(content):
-                raise
-            stream.seek(0)
-            kind, width, height = read_size(stream.read())
-    return kind, size, (width, height)
+        kind = sniff_format(stream.read(_MAGIC_BYTES))
+    header = read_header(path)
+    if header.reason is not None:
+        reason, _, detail = header.reason.partition(": ")
+        raise DecodeError(reason, detail)
+    return kind, header.file_size, (header.width, header.height)
 
 
 def _misnamed(index: MetadataIndex, row: int, kind: str) -> bool:

@@ -397,12 +397,13 @@ def sidecars() -> list[Case]:
         return NotARow("rejected", kind)
 
     texts: Sequence[tuple[str, bytes, Outcome]] = (
+        ("with a key twice", b'{"tags":["a"],"tags":["x"]}', rejected("a key given twice")),
         ("with NaN", b'{"tags":["x"],"score":NaN}', rejected("invalid JSON")),
         ("with a byte-order mark", b'\xef\xbb\xbf{"tags":["x"]}', Row(("x",))),
         ("in UTF-16", '{"tags":["x"]}'.encode("utf-16"), rejected("not UTF-8 text")),
         ("in Latin-1", '{"tags":["caf\xe9"]}'.encode("latin-1"), rejected("not UTF-8 text")),
         ("with half a surrogate", b'{"tags":["\\ud800"]}', rejected("invalid JSON")),
-        ("of depth 100,000", b'{"tags":' + b"[" * 100_000 + b"]" * 100_000 + b"}", rejected("invalid JSON")),
+        ("of depth 100,000", b'{"tags":' + b"[" * 100_000 + b"]" * 100_000 + b"}", rejected("nested too deeply")),
         ("that is empty", b"", rejected("empty file")),
         ("cut off", b'{"tags":["x"', rejected("invalid JSON")),
         ("with text behind it", b'{"tags":["x"]} {}', rejected("invalid JSON")),

@@ -16,7 +16,6 @@ from dataset_loader import DataLoader
 from scripts import predict
 from tagger.artifact import load_artifact
 from tagger.data.decode import decode_image
-from tagger.data.image_sizes import index_sizes
 from tagger.data.position import PositionError
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import NUM_IMAGES, assert_same, epoch_of, loaders, path_of, rows_of, write_dataset
@@ -176,7 +175,7 @@ def test_sizes_are_those_of_the_upright_image_and_0_where_unknown(root: Path) ->
     jpegs = [row for row in range(NUM_IMAGES) if index.image_path(row).suffix == ".jpg"]
     Image.new("RGB", (50, 30)).save(index.image_path(jpegs[0]), exif=exif)
     index.image_path(jpegs[1]).write_bytes(b"\xff\xd8\xff")
-    sizes = index_sizes(index)
+    sizes = train.dataset.sizes
     assert sizes.dtype == np.uint32 and sizes.shape == (NUM_IMAGES, 2)
     for row in range(NUM_IMAGES):
         if row == jpegs[1]:

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from dataset_loader import DataLoader
+from dataset_loader import DataLoader, Position
+from tagger.batch import Batch
 from tagger.data import ring
 from tagger.data.ring import LoaderProcessError, LoaderTraceback
 from tagger.errors import DataFailureError, StorageError
@@ -65,9 +67,8 @@ def break_files(loader: DataLoader, rows: list[int]) -> None:
 def use(loader: DataLoader, row: int, fault: str, marker: Path | None = None) -> None:
     images = loader._source.images
     facts = {field.name: getattr(images, field.name) for field in dataclasses.fields(images)}
-    loader._source = dataclasses.replace(
-        loader._source, images=FaultyImages(**facts, row=row, fault=fault, marker=marker)
-    )
+    faulty = FaultyImages(**facts, row=row, fault=fault, marker=marker)
+    loader._source = dataclasses.replace(loader._source, images=faulty)
 
 
 def is_gone(process_id: int) -> bool:
@@ -106,6 +107,8 @@ def test_processes_give_the_same_bytes_as_threads_through_all_that_a_run_does(op
     copies = [batch.images.clone() for batch, _ in kept]
     assert_same(kept, epoch_of(threads, 1))
     assert loader.refusals == threads.refusals and loader.refused == 8
+    assert_same(epoch_of(loader, 1), epoch_of(threads, 1))
+    assert loader.ledger.known_bad() == threads.ledger.known_bad() and loader.ledger.num_quarantined
     epoch_of(loader, 3)
     assert all(torch.equal(batch.images, copy) for (batch, _), copy in zip(kept, copies, strict=True))
     assert loader._ring.process_ids == process_ids
@@ -115,9 +118,7 @@ def test_processes_give_the_same_bytes_as_threads_through_all_that_a_run_does(op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("num_threads", [1, 4])
-@pytest.mark.parametrize("in_flight", [1, 4])
+@pytest.mark.parametrize(("num_processes", "num_threads", "in_flight"), [(1, 1, 4), (1, 4, 1), (2, 2, 4), (2, 4, 2)])
 def test_the_same_seed_and_epoch_give_the_same_bytes(
     open_loaders: Open, num_processes: int, num_threads: int, in_flight: int
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_hung_process_is_noticed_with_its_stack_and_replaced(
     assert "hung: no image begun for 2 s" in caplog.text
     assert "faulty_images.py" in caplog.text and "in _act" in caplog.text
     caplog.clear()
+    wait_until(lambda: not loader._ring._state.seats[0].ending)
     stopped = loader._ring.process_ids[0]
     os.kill(stopped, signal.SIGSTOP)
     assert_same(epoch_of(loader), expected)
@@ -207,14 +209,11 @@ def test_errors_arrive_as_themselves_with_the_traceback(open_loaders: Open) -> N
     for fault, kind, words in (("storage", StorageError, "the disk is gone"), ("odd", RuntimeError, "salt and pepper")):
         loader, _ = open_loaders(data__num_processes=2)
         use(loader, row, fault)
-        found = []
+        found: list[tuple[Batch, Position]] = []
         with pytest.raises(kind, match=words) as caught:
             found.extend(loader)
-        for pair in iter(loader):
-            found.append(pair)
-            if len(found) == 2:
-                break
-        assert_same(found[:2], expected[:2])
+        assert_same(found, expected[:3])
+        assert_same(list(islice(loader, 2)), expected[:2])
         assert isinstance(caught.value.__cause__, LoaderTraceback)
         assert "in load_into" in str(caught.value.__cause__)
 
@@ -304,7 +303,8 @@ def test_no_process_and_no_memory_is_left_however_the_run_ends(root: Path, tmp_p
     )
     assert run.stdout is not None
     process_ids = [int(word) for word in run.stdout.readline().split()]
-    assert len(process_ids) == 2 and not any(map(is_gone, process_ids))
+    assert len(process_ids) == 2
+    assert how == "exit" or not any(map(is_gone, process_ids))
     if how == "sleep":
         run.kill()
     stdout, stderr = run.communicate(timeout=60)

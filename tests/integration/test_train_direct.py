@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import start_up
 import train_direct
 import validation_loop
-from scripts import predict
+from scripts import predict, report_run
 from tests.tiny_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +129,16 @@ def test_standalone_validation_gives_the_trainers_numbers(finished: Path, images
     scores = json.loads(output.read_text(encoding="utf-8"))
     final = results_of(finished)["final"]
     assert {name: scores[name] for name in final} == final  # type: ignore[attr-defined]
+
+
+def test_the_closing_report_fits_80_columns(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert report_run.main([str(finished), "--predict", "2"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(rows) > 10
+    assert all(len(row) <= 80 and row.endswith("│") for row in rows)
 
 
 def test_the_model_tags_an_image(finished: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,18 +1,21 @@
 """The configuration refuses what cannot work and says where each value came from."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
 
 import Configuration_System
 from Configuration_System import (
+    FullConfig,
     changed_settings,
     check_paths,
     describe,
     load_config,
     load_with_origin,
 )
-from tagger.config_io import ConfigError, digest, flat_values, save_yaml
+from tagger.config_io import ConfigError, Layer, _schema_hints, compose, digest, flat_values, save_yaml
 
 UNIFIED = Path(__file__).resolve().parents[2] / "configs" / "unified_config.yaml"
 
@@ -38,6 +41,28 @@ def test_precedence_is_defaults_file_environment_command_line(recipe: Path) -> N
     assert "defaults < file < environment" in shown.splitlines()[0]
 
 
+def test_one_text_stands_for_a_list_of_one(recipe: Path) -> None:
+    recipe.write_text("defaults: [unified_config]\ndata: {extra_fields: categories}\n", encoding="utf-8")
+    data = load_config(recipe, ["data.roots=my images"], {}).data
+    assert (data.roots, data.extra_fields) == (["my images"], ["categories"])
+    assert load_config(recipe, environment={"TAGGER_DATA__ROOTS": "there"}).data.roots == ["there"]
+
+
+def test_no_value_of_the_wrong_type_is_told_in_a_librarys_words() -> None:
+    keys = {hint: key for key, hint in _schema_hints(FullConfig).items()}
+    assert len(keys) > 20
+    for key, value in itertools.product(keys.values(), ([None], [["a"]])):
+        with pytest.raises(ConfigError, match=re.escape(key)) as caught:
+            compose(FullConfig, [Layer("here", {key: value})])
+        assert not re.search(r"Config\b|Node|subclass|Optional|Incompatible|convert", str(caught.value))
+
+
+def test_arguments_that_lack_are_named_without_the_ones_that_may(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Configuration_System.main([])
+    assert capsys.readouterr().err.endswith("the following arguments are required: action, file\n")
+
+
 def test_run_is_named_after_its_recipe(recipe: Path) -> None:
     assert load_config(recipe, environment={}).run.name == "mine"
     assert load_config(recipe, ["run.name=other"], {}).run.folder == Path("runs/other")
@@ -49,11 +74,11 @@ def test_run_is_named_after_its_recipe(recipe: Path) -> None:
         ("training.num_epoch=3", "did you mean 'training.num_epochs'"),
         ("trainin.seed=3", "did you mean 'training.seed'"),
         ("training.seed", "write section.key=value"),
-        ("training.seed=x", "could not be converted to Integer"),
-        ("training.num_epochs=1.5", "could not be converted to Integer"),
+        ("training.seed=x", "training.seed=x is not a whole number; write it as in training.seed=3"),
+        ("training.num_epochs=1.5", "training.num_epochs=1.5 is not a whole number;"),
         ("training.num_epochs=0", "training.num_epochs=0 is not above 0"),
         ("training.ema_decay=1.0", "training.ema_decay=1.0 is not between 0 and 1"),
-        ("training.device=tpu", "expected one of"),
+        ("training.device=tpu", "training.device=tpu is not known; use auto, cpu, cuda, mps"),
         ("data.image_size=450", "data.image_size=450 is not a multiple of model.patch_size=16; use 448 or 464"),
         ("data.background=[1,2]", "three numbers"),
         ("data.sampling=balanced", "data.sampling"),
@@ -61,14 +86,16 @@ def test_run_is_named_after_its_recipe(recipe: Path) -> None:
         ("data.sampling_power=-1", "data.sampling_power=-1.0 is below 0"),
         ("data.fit=stretch", "data.fit"),
         ("data.val_fraction=1", "data.val_fraction=1.0 is not between 0 and 1"),
-        ("data.roots=here", "data.roots"),
+        ("data.roots=5", "data.roots=5 is not a list of texts; write it as data.roots=[one,two]"),
+        ("data.roots=null", "data.roots=null is not a list of texts"),
+        ("training={num_epoch: 3}", "did you mean 'training.num_epochs'"),
         ("augment.rotation.probability=3", "augment.rotation.probability=3.0 is not between 0 and 1"),
         ("augment.rotation={probability: 1, strength: -1}", "augment.rotation.strength=-1.0 is below 0"),
         ("loss.clip=1", "loss.clip=1.0"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("run.name=a/b", "run.name='a/b' is not a folder name"),
         ("run.name=${oc.env:HOME}", "which recipes may not"),
-        ("training=3", "training=3"),
+        ("training=3", "training is a group of settings; set them one by one, e.g. training.num_epochs="),
     ],
 )
 def test_a_wrong_setting_gives_one_line_that_names_it(recipe: Path, word: str, message: str) -> None:

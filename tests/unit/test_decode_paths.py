@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from tagger.data import decode_lossless
 from tagger.data.decode import DecodeError, DecodeOptions, decode, decode_image, describe_decoder
 from tagger.data.decode_jpeg import dct_divisor
 from tagger.data.decode_pillow import decode_pillow
-from tagger.data.image_header import FORMATS, read_header, sniff_format
+from tagger.data.image_header import FORMATS
 from tagger.preprocess import Preprocess
-from tests.unit.test_decode import AVIF, CAP, EVERY, TEAL, encode, picture, png
+from tests.unit.test_decode import CAP, EVERY, TEAL, encode, picture, png
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,8 +138,9 @@ def test_a_damaged_file_that_the_fast_decoder_takes_is_as_pillow_sees_it(
     try:
         fast, slow = stored(kind, bytes(content))
     except Exception:  # Pillow refuses it: then nothing else may take it
-        fast = {"PNG": decode_lossless.decode_png, "WebP": decode_lossless.decode_webp}[kind](bytes(content), TEAL, CAP)
-        assert fast is None
+        with contextlib.suppress(DecodeError):  # a canvas above the cap
+            decoder = {"PNG": decode_lossless.decode_png, "WebP": decode_lossless.decode_webp}[kind]
+            assert decoder(bytes(content), TEAL, CAP) is None
         return
     if fast is not None:
         np.testing.assert_array_equal(fast[0], slow[0])
@@ -237,36 +239,6 @@ def test_a_bomb_is_refused_before_memory_is_reserved(kind: str, tmp_path: Path) 
         [sys.executable, "-c", BOMB, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert run.stdout.split() == ["too", "many", "pixels", "True", "True"], run.stdout + run.stderr
-
-
-# Headers
-
-
-@pytest.mark.parametrize(("kind", "options"), EVERY)
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_header_tells_format_size_and_turn(kind: str, options: dict[str, Any], orientation: int) -> None:
-    extra = {} if kind in ("GIF", "BMP") else {"exif": exif(orientation)}
-    content = encode(picture(), kind, **options, **extra)
-    header = read_header(content)
-    assert header.kind == kind == sniff_format(content)
-    assert (header.height, header.width) == decode_image(content, max_pixels=CAP).shape[:2]
-    if extra and kind != "TIFF":
-        assert header.orientation == orientation
-
-
-def test_a_header_is_read_from_the_front_of_a_file() -> None:
-    for kind, options in EVERY:
-        if kind in ("TIFF", *dict(AVIF)):
-            continue
-        content = encode(picture(300, 200), kind, **options)
-        header = read_header(content[: max(700, len(content) // 4)])
-        assert (header.height, header.width) == (200, 300), kind
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + bytes(30), b"RIFF0000WEBP", b"BM"])
-def test_a_header_that_is_not_there_is_refused(content: bytes) -> None:
-    with pytest.raises(DecodeError):
-        read_header(content)
 
 
 def test_the_decoder_is_described_with_what_it_refuses() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import orjson
 import pytest
 
-from tagger.data import index_build
+from tagger.data import index_build, sidecar_rows
+from tagger.data.columns import open_column
 from tagger.data.index import DatasetError, MetadataIndex, open_index
 from tagger.files import FormatError
 from tagger.rng import stable_id
@@ -142,18 +143,26 @@ def test_of_two_sidecars_with_one_stem_the_second_is_refused(root):
     assert len(index) == 3 and _kinds(index) == {"sun.JSON": "second sidecar of one image"}
 
 
+def test_a_hidden_file_is_nothing_to_report(root):
+    before = open_index([root], root.parent / "index before").report()
+    (root / ".DS_Store").touch()
+    (root / ".demo-complete").write_text("{}")
+    assert _open(root).report() == before
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs and symbolic links")
-def test_links_to_folders_fifos_and_hidden_entries_are_skipped_and_counted(root):
+def test_links_to_folders_fifos_and_hidden_folders_are_skipped_and_counted(root):
     (root / "loop").symlink_to(root, target_is_directory=True)
     os.mkfifo(root / "pipe.json")
     os.mkfifo(root / "pipe.png")
     (root / "gone.png").symlink_to(root / "nowhere.png")
     _pair(root / ".cache/1.png", ["hidden"])
+    (root / ".DS_Store").touch()
     (root / "link.png").symlink_to(root / "b/sun.png")
     (root / "link.json").symlink_to(root / "b/sun.json")
     index = _open(root)
     assert [row[0] for row in _rows(index)] == ["a.JPG", "b/moon.webp", "b/sun.png", "link.png"]
-    assert index.report()[-1] == "skipped: 1 hidden entries, 1 links to folders, 3 not regular files"
+    assert index.report()[-1] == "skipped: 1 hidden folders, 1 links to folders, 3 not regular files"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="file names there are always text")
@@ -170,7 +179,7 @@ def test_undecodable_file_names_survive(tmp_path):
 
 def test_an_unchanged_data_set_is_not_built_again(root, monkeypatch):
     first = _open(root)
-    monkeypatch.setattr("tagger.data.index.add_sidecar_rows", None)
+    monkeypatch.setattr("tagger.data.index.add_scanned_rows", None)
     assert _open(root).path == first.path
 
 
@@ -250,12 +259,16 @@ def test_another_process_gets_the_path_not_the_rows(tmp_path):
     assert not index.tag_ids.flags.writeable
 
 
-def test_many_tags_take_four_bytes():
-    rows = index_build.RowBuffer()
-    for start in range(0, 70_000, 1000):
-        rows.add(f"{start}.png", [f"t{number}" for number in range(start, start + 1000)], None)
-    arrays = rows.arrays()
-    assert arrays["tag_ids"].dtype == np.uint32 and arrays["tag_ids"][-1] == 69_999
+def test_many_tags_take_four_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_build, "BLOCK_ROWS", 8)  # the type has to change while the column is being written
+    with index_build.RowWriter(tmp_path, with_marks=False) as rows:
+        for start in range(0, 70_000, 1000):
+            rows.add(f"{start}.png", [f"t{number}" for number in range(start, start + 1000)], None)
+        sizes = rows.close()
+    ids = open_column(tmp_path / "tag_ids.npy")
+    assert ids.dtype == np.uint32 and np.array_equal(ids, np.arange(70_000))
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == sizes
+    assert open_column(tmp_path / "tag_counts.npy").sum() == 70_000
 
 
 @pytest.fixture
@@ -268,35 +281,35 @@ def many(tmp_path: Path) -> Path:
 def test_slow_storage_is_read_in_threads_and_gives_the_same_rows(many, monkeypatch):
     expected = _rows(_open(many))
     threads: set[int] = set()
-    read = index_build._read_once
+    read = sidecar_rows._read_once
 
-    def slowly(path: str) -> bytes:
+    def slowly(path: str) -> object:
         threads.add(threading.get_ident())
         time.sleep(0.0005)
         return read(path)
 
-    monkeypatch.setattr(index_build, "_read_once", slowly)
+    monkeypatch.setattr(sidecar_rows, "_read_once", slowly)
     index = open_index([many], many.parent / "other")
     assert _rows(index) == expected and index.tag_names[:2] == ("tag0", "tag1")
     assert len(threads) > 2
 
 
 def _fail(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
-    read = index_build._read_once
+    read = sidecar_rows._read_once
     left = [times]
 
-    def fail(path: str) -> bytes:
+    def fail(path: str) -> object:
         if path.endswith("sun.json") and left[0]:
             left[0] -= 1
             raise OSError(code, os.strerror(code), path)
         return read(path)
 
-    monkeypatch.setattr(index_build, "_read_once", fail)
-    monkeypatch.setattr(index_build, "_RETRY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(sidecar_rows, "_read_once", fail)
+    monkeypatch.setattr(sidecar_rows, "_RETRY_WAITS_S", (0.0, 0.0))
 
 
 def test_a_sidecar_that_cannot_be_read_is_looked_for_again_next_time(root, monkeypatch):
-    _fail(monkeypatch, errno.EACCES, 1)
+    _fail(monkeypatch, errno.EACCES, 2)  # one look, and another to say why
     index = _open(root)
     assert len(index) == 2 and _kinds(index) == {"sun.json": "unreadable"} and not index.complete
     healed = _open(root)
@@ -319,7 +332,7 @@ def test_a_failed_write_leaves_nothing_and_names_the_folder(root, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tagger.data.index.write_arrays", full)
+    monkeypatch.setattr("tagger.data.columns.os.fsync", full)
     with pytest.raises(DatasetError, match=r"data\.index_dir: cannot write .*No space left"):
         _open(root)
     assert not list((root.parent / "index").glob("*/*"))

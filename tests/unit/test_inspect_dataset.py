@@ -13,10 +13,9 @@ from PIL import Image
 
 from scripts.inspect_dataset import main
 from scripts.make_demo_dataset import make_demo_dataset
-from tagger.data.decode import DecodeError
 from tagger.data.index import open_index
 from tagger.data.parallel import map_blocks
-from tagger.data.survey import read_size, survey
+from tagger.data.survey import survey
 from tagger.survey_page import short_bytes, short_number
 from tests.pictures import encode, scene, worn_copy
 
@@ -149,9 +148,8 @@ def test_without_the_extra_the_terminal_still_works(
     assert inspect(demo, tmp_path, "--no-duplicates") == 0
     printed = capsys.readouterr()
     assert "images with tags" in printed.out and "near-duplicates" not in printed.out
-    assert printed.err == "no page: the page needs matplotlib and Jinja2: pip install matplotlib jinja2 " + (
-        "(the extra 'report')\n"
-    )
+    expected = "no page: the page needs matplotlib and Jinja2: pip install matplotlib jinja2 (the extra 'report')\n"
+    assert printed.err.endswith(expected)  # what other tests left logging to the console may come first
     assert inspect(demo, tmp_path, "--output", "page.html") == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 
@@ -179,21 +177,6 @@ def test_what_is_seldom_together_is_counted_as_by_hand(tmp_path: Path) -> None:
     assert pairs == {("a", "b"): (2, 0.667), ("a", "c"): (2, 1.0), ("b", "c"): (1, 0.5)}
     assert found.tag_counts == (("a", 3), ("b", 3), ("c", 2), ("d", 1))
     assert found.duplicates is None and not found.problems
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_the_size_is_read_from_the_beginning_of_a_file(kind: str) -> None:
-    content = encode(scene(1, (301, 97)), kind)
-    shown = "WebP" if kind == "WEBP" else kind
-    assert read_size(content if kind in ("TIFF", "WEBP") else content[:2000]) == (shown, 301, 97)
-
-
-def test_the_size_of_a_turned_image_is_as_it_is_shown() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert read_size(encode(scene(1, (40, 90)), "JPEG", exif=exif)) == ("JPEG", 90, 40)
-    with pytest.raises(DecodeError, match="damaged PNG"):
-        read_size(b"\x89PNG\r\n\x1a\n and no more")
 
 
 def test_blocks_come_in_order_and_an_early_end_leaves_no_thread() -> None:

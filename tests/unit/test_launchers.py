@@ -220,6 +220,27 @@ def test_launchers_agree_with_pyproject_on_python_versions() -> None:
         assert f"not {low} <= sys.version_info[:2] <= {high}" in (ROOT / "scripts" / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["start_training.sh", "run_tests.sh", "Start_AI_Training.ps1", "run_tests.ps1"])
+def test_what_starts_torch_keeps_waiting_threads_from_spinning(name: str) -> None:
+    lines = (ROOT / "scripts" / name).read_text(encoding="utf-8").splitlines()
+    starts = max(number for number, line in enumerate(lines) if " -m " in line or "'-m'" in line or "@words" in line)
+    default = {
+        "sh": 'export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"',
+        "ps1": "if (-not $env:OMP_WAIT_POLICY) { $env:OMP_WAIT_POLICY = 'PASSIVE' }",
+    }[name.rpartition(".")[2]]
+    assert default in lines[:starts]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash launchers are for Linux and macOS")
+@pytest.mark.parametrize("name", ["start_training.sh", "start_tensorboard.sh", "run_tests.sh"])
+def test_help_comes_at_once_and_installs_nothing(tmp_path: Path, name: str) -> None:
+    # Without setup_env.sh beside it, whatever would install first fails.
+    script = shutil.copy(ROOT / "scripts" / name, tmp_path)
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash scripts/{name}" in done.stdout
+
+
 def test_no_launcher_names_a_package_index() -> None:
     for path in [*POWERSHELL, *BASH, ROOT / "scripts" / "setup_env.py", ROOT / setup_env.CPU_CONSTRAINTS]:
         assert not re.search(r"https?://|\.org\b|\.com\b", path.read_text(encoding="utf-8")), path

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -208,6 +209,22 @@ def test_a_terminal_shows_a_bar_with_the_figures(folder: RunFolder) -> None:
         monitor.advance(11)
     shown = text.getvalue()
     assert "loss 3.2500" in shown and "waiting 50%" in shown and "val/mAP 0.5000" in shown and "11/100" in shown
+
+
+@pytest.mark.parametrize("columns", [80, 110, 160])
+def test_what_people_watch_is_whole_on_the_bar(folder: RunFolder, columns: int) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=columns, color_system=None)
+    monitor = TrainingMonitor(MonitorSection(tensorboard=False), folder, total_steps=1_310_720, console=console)
+    figures = {"loss": 123.4567, "learning_rate": 1e-3, "images_per_second": 12345.0, "data_wait_fraction": 0.25}
+    with monitor:
+        monitor.log({f"train/{name}": value for name, value in figures.items()}, 1_310_000, 129)
+    shown = [line for line in text.getvalue().replace("\x1b", "\n").splitlines() if "epoch" in line][-1]
+    wide = ["lr 1.00e-03", "waiting 25%"] if columns >= 110 else []
+    for part in ("epoch 130", "1310000/1310720", "loss 123.4567", "12,345 images/s", *wide):
+        assert part in shown
+    assert re.search(r"left (\d+:\d\d:\d\d|-:--:--)", shown)
+    assert "…" not in shown and "━" in shown
 
 
 def test_a_console_that_goes_away_does_not_stop_the_run(folder: RunFolder) -> None:

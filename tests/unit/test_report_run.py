@@ -1,5 +1,8 @@
 """The closing report: held-out images only, the tags that swap in a mirror, one line for a folder that is no run."""
 
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -8,7 +11,7 @@ import pytest
 from Configuration_System import FullConfig, load_config
 from dataset_loader import create_dataloaders, open_dataset
 from scripts.make_demo_dataset import make_demo_dataset
-from scripts.report_run import left_right_score, main, pick_held_out
+from scripts.report_run import left_right_score, main, pick_held_out, python_command
 from vocabulary import build_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +50,19 @@ def test_the_mirror_score_is_of_the_tags_that_swap(config: FullConfig, tmp_path:
     tags = [{"name": name, "average_precision": score} for name, score in scores.items()]
     (tmp_path / "evaluation.json").write_bytes(orjson.dumps({"format_version": 1, "tags": tags}))
     assert left_right_score(tmp_path, config) == "AP 0.9000 over 2 tags, lowest 0.8000 (arrow_left)"
+    off = replace(config, orientation=replace(config.orientation, mirror_probability=0))
+    assert left_right_score(tmp_path, off) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other quotes there")
+def test_the_command_shown_calls_the_python_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tmp_path / ".venv" / "bin" / "python"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(link))
+    assert python_command() == str(link)
+    monkeypatch.chdir(tmp_path)
+    assert python_command() == ".venv/bin/python"
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

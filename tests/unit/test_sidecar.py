@@ -14,6 +14,7 @@ from tagger.data.sidecar import (
     clean_tag,
     parse_entry,
     parse_extra_fields,
+    parse_json,
     parse_sidecar,
 )
 
@@ -84,12 +85,21 @@ def test_a_rating_among_the_tags_becomes_the_rating_unless_a_field_says_otherwis
         (b"", "empty file"),
         (b" \n", "empty file"),
         (b'{"tags": [', "invalid JSON: "),
-        (b'{"tags": [NaN]}', "invalid JSON: "),
+        (b'{"tags": ["tree"], "score": NaN}', "invalid JSON: NaN is not a JSON number"),
+        (b'{"tags": ["tree"], "score": -Infinity}', "invalid JSON: -Infinity is not a JSON number"),
+        (b'{"tags": ["NaN"], "score": }', "invalid JSON: unexpected"),
+        (b'{"tags": ["tree"], "tags": ["sky"]}', "a key given twice: 'tags'"),
+        (b'{"tags" :["tree"],"tags" :["tree"]}', "a key given twice: 'tags'"),
+        (b'{"t\\u0061gs": ["tree"], "tags": ["sky"]}', "a key given twice: 'tags'"),
+        (b'{"tags": ["a:b"], "more": {"x": 1, "x": 1}}', "a key given twice: 'x'"),
+        (b'{"tags": ["a"], "more": {"x": ' + b"[" * 900 + b"]" * 900 + b', "x": 1}}', "a key given twice: 'x'"),
         (b'{"tags": ["caf\xe9"]}', "not UTF-8 text: byte 14"),
         ('{"tags": "a"}'.encode("utf-16"), "not UTF-8 text: it starts with a UTF-16 mark"),
+        ('{"tags": "a"}'.encode("utf-16-le"), "not UTF-8 text: it looks like UTF-16"),
+        ('{"tags": "a"}'.encode("utf-16-be"), "not UTF-8 text: it looks like UTF-16"),
         (b'["tree"]', "not a JSON object: the file holds a list"),
         (b"null", "not a JSON object: the file holds null"),
-        (b"[" * 100_000, "invalid JSON: "),
+        (b"[" * 100_000, "nested too deeply"),
         (b"{}", "no 'tags' key"),
         (b'{"tags": []}', "no tags"),
         (b'{"tags": " , "}', "no tags"),
@@ -108,6 +118,18 @@ def test_each_fault_has_its_reason(content, reason):
 
 def test_a_byte_order_mark_is_passed_over():
     assert parse_sidecar(b'\xef\xbb\xbf{"tags": ["tree"]}').tags == ("tree",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"tags": [":d", "a:b"], "source": "http://x"}',
+        b'{"tags" : ["tree", "\\"quoted\\": yes"], "n": {"tags": 1, "m": [{"tags": 2}, {"tags": 3}]}}',
+        b'{"tags": "tree", "big": ' + b"1" * 300 + b', "text": "\\\\"}',
+    ],
+)
+def test_keys_that_only_look_repeated_are_taken(content):
+    assert parse_sidecar(content).tags
 
 
 @pytest.mark.parametrize(
@@ -146,10 +168,43 @@ def test_filename_is_kept_where_it_is_text():
     assert parse_sidecar(b'{"tags": "sun", "filename": 1}').filename is None
 
 
+def _objects(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    keys = st.sampled_from(['"a"', '"b"', '"tags"', '"\\u0061"', '":"', '"\\\\"', '"\\"\\":"'])
+    gap = st.sampled_from(["", " ", "\n"])
+    pairs = st.lists(st.tuples(keys, gap, inner).map(lambda p: f"{p[0]}{p[1]}:{p[1]}{p[2]}"), max_size=4)
+    return pairs.map(lambda items: "{" + ",".join(items) + "}")
+
+
+@given(
+    _objects(
+        st.recursive(
+            st.sampled_from(["1", "null", '"x"', '"a\\":"', '":d"', '"\\\\"']),
+            lambda inner: st.one_of(_objects(inner), st.lists(inner, max_size=3).map(lambda x: f"[{','.join(x)}]")),
+            max_leaves=6,
+        )
+    )
+)
+def test_a_key_is_refused_exactly_when_it_comes_twice(text):
+    repeated = []
+
+    def note(pairs):
+        repeated.append(len(pairs) != len(dict(pairs)))
+        return dict(pairs)
+
+    json.loads(text, object_pairs_hook=note)
+    try:
+        parse_json(text.encode())
+    except SidecarError as error:
+        assert any(repeated) and error.reason.startswith("a key given twice: ")
+    else:
+        assert not any(repeated)
+
+
 @given(st.lists(st.text(max_size=8), max_size=8))
 def test_tags_come_out_clean_distinct_and_in_order(values):
     values = [value.encode("utf-8", "ignore").decode() for value in values]
-    expected = tuple(dict.fromkeys(tag for tag in map(clean_tag, values) if tag and not tag.startswith("rating:")))
+    ratings = {f"rating:{word}" for word in (*RATINGS, *"gsqe", "safe")}
+    expected = tuple(dict.fromkeys(tag for tag in map(clean_tag, values) if tag and tag.lower() not in ratings))
     for escaped in (True, False):
         content = json.dumps({"tags": values}, ensure_ascii=escaped).encode()
         if expected:

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,23 @@ def test_a_step_ended_by_a_signal_gives_128_and_its_number() -> None:
     assert Step([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]).run() == 128 + 9
 
 
+def start_driver(child: str, ready: Path, **options: Any) -> "subprocess.Popen[bytes]":
+    """A process of its own group that runs `child` as a step, once the child has made the file `ready`."""
+    driver = (
+        f"import sys; from scripts.start_training import Step; sys.exit(Step([sys.executable, '-c', {child!r}]).run())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdin=subprocess.DEVNULL, **options)
+    wait_until(ready.exists)
+    return process
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert holds()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals are not passed on there")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_child_answers_a_signal_and_the_driver_returns_its_code(tmp_path: Path, number: int) -> None:
@@ -34,18 +53,71 @@ def test_the_child_answers_a_signal_and_the_driver_returns_its_code(tmp_path: Pa
         "import signal, sys, time; from pathlib import Path; "
         f"signal.signal({int(number)}, lambda n, f: sys.exit(128 + n)); Path({str(ready)!r}).touch(); time.sleep(30)"
     )
-    driver = (
-        f"import sys; from scripts.start_training import Step; sys.exit(Step([sys.executable, '-c', {child!r}]).run())"
-    )
-    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdin=subprocess.DEVNULL)
+    process = start_driver(child, ready)
     try:
-        deadline = time.monotonic() + 30
-        while not ready.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
         process.send_signal(number)
         assert process.wait(20) == 128 + number
     finally:
         process.kill()
+
+
+# Counts the requests that reach it for long enough to see a second one, then says how many there were.
+COUNTING = (
+    "import signal, sys, time; from pathlib import Path; seen = []; "
+    "[signal.signal(n, lambda n, f: seen.append(n)) for n in (signal.SIGINT, signal.SIGTERM)]; "
+    "Path({ready!r}).touch(); end = time.monotonic() + 30\n"
+    "while not seen and time.monotonic() < end: time.sleep(0.01)\n"
+    "time.sleep(0.4); sys.exit(10 + len(seen))"
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process groups there")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first_to_the_process", [False, True], ids=["group", "process and group"])
+def test_a_signal_to_the_whole_group_reaches_the_child_once(
+    tmp_path: Path, number: int, first_to_the_process: bool
+) -> None:
+    ready = tmp_path / "ready"
+    process = start_driver(COUNTING.format(ready=str(ready)), ready, process_group=0)
+    try:
+        if first_to_the_process:
+            process.send_signal(number)
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        assert process.wait(20) == 11
+    finally:
+        process.kill()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process groups there")
+def test_a_pause_stops_the_child_too_and_both_go_on(tmp_path: Path) -> None:
+    beat = tmp_path / "beat"
+    child = (
+        f"import time; from pathlib import Path; beat = Path({str(beat)!r})\n"
+        "for n in range(600): beat.write_text(str(n)); time.sleep(0.02)"
+    )
+    process = start_driver(child, beat, process_group=0)
+    try:
+        os.killpg(process.pid, signal.SIGTSTP)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        time.sleep(0.1)
+        paused_at = beat.read_text()
+        time.sleep(0.2)
+        assert beat.read_text() == paused_at
+        os.killpg(process.pid, signal.SIGCONT)
+        wait_until(lambda: beat.read_text() not in ("", paused_at))
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+
+
+def test_waiting_threads_of_a_step_do_not_spin_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = "import os, sys; sys.exit(['PASSIVE', 'ACTIVE'].index(os.environ['OMP_WAIT_POLICY']))"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert Step([sys.executable, "-c", child]).run() == 0
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert Step([sys.executable, "-c", child]).run() == 1
 
 
 def test_handlers_are_put_back_after_a_step() -> None:
