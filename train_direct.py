@@ -108,7 +108,9 @@ def train(parts: Parts) -> None:
 
         if due(state.step, config.monitor.log_every_steps):
             learning_rate = config.optimizer.learning_rate * parts.schedule.factor(state.step - 1)
-            monitor.log(parts.meter.read(learning_rate, state.precision.nonfinite_steps), state.step, window.epoch)
+            scalars = parts.meter.read(learning_rate, state.precision.nonfinite_steps)
+            scalars["train/checkpoint_lag_seconds"] = parts.manager.lag_s()
+            monitor.log(scalars, state.step, window.epoch)
         for failure in parts.manager.poll():
             tell(parts, "save failed", Ending("running", reason=str(failure)))
         monitor.advance(state.step)

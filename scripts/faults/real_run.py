@@ -24,6 +24,7 @@ _SETTINGS = (
     "data.image_size=32",
     "data.val_fraction=0.2",
     "data.num_threads=2",
+    "data.num_processes=1",
     "model.preset=vit_tiny",
     "model.patch_size=8",
     "model.embed_dim=64",

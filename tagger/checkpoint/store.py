@@ -334,7 +334,8 @@ class CheckpointStore:
         if found is not None and here is not None and found != here:
             raise CheckpointError(
                 f"checkpoint {loaded.path} is of another vocabulary ({found[:12]}) than this run ({here[:12]}); its "
-                "outputs mean other tags: use the vocabulary it was trained with, or start a new run"
+                "outputs mean other tags: use the vocabulary it was trained with, or start a new run with --init-from, "
+                "which carries over the tags that both know"
             )
         if loaded.manifest.config_sha256 != self.config_sha256:
             logger.info("the configuration differs from the one that %s was saved with", loaded.path.name)

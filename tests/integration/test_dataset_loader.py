@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -27,19 +26,7 @@ from tagger.data.quarantine import FailureBudget, FileFacts, read_with_facts
 from tagger.data.split import Part, SplitError
 from tagger.errors import DataFailureError
 from tagger.preprocess import Preprocess
-from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, epoch_of, loaders, path_of, rows_of, write_dataset
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("drawn")
-    write_dataset(root)
-    return root
-
-
-@pytest.fixture
-def root(drawn: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(drawn, tmp_path / "set")
+from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, epoch_of, loaders, path_of, rows_of
 
 
 def test_a_batch_holds_what_the_files_hold(root: Path) -> None:

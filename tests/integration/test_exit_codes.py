@@ -20,9 +20,7 @@ from tagger.data import image_reader, quarantine
 from tagger.data.quarantine import FileFacts
 from tagger.data.windows import Window
 from tagger.optim import MuonAdamW
-from tests.integration.test_train_direct import arguments, images, results_of
-
-__all__ = ["images"]  # the fixture
+from tests.integration.test_train_direct import arguments, results_of
 
 FAULT_STEP, LAST_STEP = 3, 5
 Words = list[str]

@@ -1,24 +1,11 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from dataset_loader import create_dataloaders, open_dataset
-from tests.tiny_dataset import configure, epoch_of, loaders, path_of, write_dataset
+from tests.tiny_dataset import configure, epoch_of, loaders, path_of
 from vocabulary import build_vocabulary
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("drawn")
-    write_dataset(root)
-    return root
-
-
-@pytest.fixture
-def root(drawn: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(drawn, tmp_path / "set")
 
 
 def test_mirroring_is_off_at_probability_zero(root: Path) -> None:

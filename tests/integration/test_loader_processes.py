@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,21 +21,9 @@ from tagger.data import ring
 from tagger.data.ring import LoaderProcessError, LoaderTraceback
 from tagger.errors import DataFailureError, StorageError
 from tests.faulty_images import FaultyImages
-from tests.tiny_dataset import assert_same, epoch_of, loaders, path_of, rows_of, write_dataset
+from tests.tiny_dataset import assert_same, epoch_of, loaders, path_of, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("drawn")
-    write_dataset(root)
-    return root
-
-
-@pytest.fixture
-def root(drawn: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(drawn, tmp_path / "set")
 
 
 Open = Callable[..., tuple[DataLoader, DataLoader]]

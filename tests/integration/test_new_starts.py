@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 import train_direct
 from tagger.config_io import ConfigError
 from tagger.transfer import find_initial_weights
-from tests.integration.test_train_direct import arguments, images, lines_of, results_of, run
-
-__all__ = ["images"]  # the fixture
+from tests.integration.test_train_direct import arguments, lines_of, results_of, run
 
 
 @pytest.fixture(scope="module")

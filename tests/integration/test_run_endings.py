@@ -16,10 +16,8 @@ from tagger.data import image_reader
 from tagger.data.quarantine import FileFacts
 from tagger.errors import DataFailureError, StorageError
 from tagger.optim import MuonAdamW
-from tests.integration.test_train_direct import arguments, final_state, images, losses_of, results_of, run
+from tests.integration.test_train_direct import arguments, final_state, losses_of, results_of, run
 from tests.webhook import CERTIFICATE, Webhook
-
-__all__ = ["images"]  # the fixture
 
 FAULT_STEP = 7
 

@@ -18,7 +18,6 @@ import start_up
 import train_direct
 import validation_loop
 from scripts import predict, report_run
-from tests.tiny_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "goldens" / "tiny_run_losses.json"
@@ -42,13 +41,6 @@ SMALL = (
     "training.num_epochs=3",
     "monitor.log_every_steps=1",
 )
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny") / "images"
-    write_dataset(root)
-    return root
 
 
 def arguments(images: Path, runs: Path, name: str, *more: str) -> list[str]:

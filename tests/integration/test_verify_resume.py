@@ -7,9 +7,7 @@ import torch
 
 from scripts import verify_resume
 from tagger.checkpoint.format import LoadedCheckpoint, Manifest
-from tests.integration.test_train_direct import SMALL, images
-
-__all__ = ["images"]  # the fixture
+from tests.integration.test_train_direct import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 
