@@ -371,9 +371,10 @@ class DataLoader:
                 if prepared.batch is not None:
                     self.mirrored += int(prepared.batch.mirrored.sum())
                     yield prepared.batch, self._position(span.done, epoch)
-            self.ledger.report()
         finally:
             prefetcher.close()
+            # Here, because a consumer may take the last batch and never ask for another.
+            self.ledger.report()
 
     def close(self) -> None:
         """End the loader processes; another iteration starts them again."""

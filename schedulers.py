@@ -7,7 +7,7 @@ made, so the first update is at step 0. Refuses schedules that do not fit into t
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Protocol, TypeAlias
 
@@ -176,6 +176,8 @@ class Course:
     total_steps: int
     start_step: int = 0
     start_share: float = 0.0
+    # Where the run ends, when that is not where its schedule does.
+    end_step: int | None = None
 
 
 def plan_course(
@@ -191,9 +193,10 @@ def plan_course(
     total_steps = step + updates_left
     if before is None:
         return Course(total_steps)
-    if before.total_steps == total_steps:
+    end_before = before.end_step or before.total_steps
+    if end_before == total_steps:
         return before
-    moved = f"the run was to end at update {before.total_steps} and now ends at {total_steps}"
+    moved = f"the run was to end at update {end_before} and now ends at {total_steps}"
     if on_change == "error":
         raise InputError(
             f"{moved}; bring back batch size, accumulation, epochs and images, or say what the learning rate should do "
@@ -201,7 +204,7 @@ def plan_course(
         )
     if on_change == "keep":
         logger.warning("%s; the learning rate keeps to its old course", moved)
-        return before
+        return replace(before, end_step=total_steps)
     share = images_seen / (images_seen + updates_left * images_an_update) if updates_left else 1.0
     logger.warning("%s; the learning rate goes on from %.1f %% of its schedule", moved, 100 * share)
     return Course(total_steps, step, share)

@@ -83,6 +83,16 @@ def validate(parts: Parts, epoch: int) -> Evaluation:
     return evaluation
 
 
+def close_epoch(parts: Parts, epoch: int) -> tuple[Evaluation, bool]:
+    """Validate, and say whether that ends the run. Until it is done, a checkpoint says that it is still owed."""
+    state = parts.state
+    state.extra["owed_validation"] = epoch
+    evaluation = validate(parts, epoch)
+    del state.extra["owed_validation"]
+    stopping = state.early_stopping
+    return evaluation, stopping is not None and stopping.update(evaluation.scalars[parts.config.checkpoint.best_metric])
+
+
 def train(parts: Parts) -> None:
     """The loop: fetch, step, then perhaps log, validate, save, stop."""
     config, state, monitor = parts.config, parts.state, parts.monitor
@@ -91,7 +101,10 @@ def train(parts: Parts) -> None:
         parts.train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps
     )
     started = time.perf_counter() - state.seconds
-    stopping = False
+    stopping = state.early_stopping is not None and state.early_stopping.exhausted
+    if "owed_validation" in state.extra:
+        made_up_for, stopping = close_epoch(parts, cast(int, state.extra["owed_validation"]))
+        save(parts, made_up_for)
     while state.step < parts.total_steps and not stopping:
         asked = time.perf_counter()
         window = next(feed)
@@ -118,9 +131,7 @@ def train(parts: Parts) -> None:
         evaluation = None
         last = state.step == parts.total_steps
         if window.ends_epoch and (due(window.epoch + 1, config.validation.every_epochs) or last):
-            evaluation = validate(parts, window.epoch)
-            if state.early_stopping is not None:
-                stopping = state.early_stopping.update(evaluation.scalars[config.checkpoint.best_metric])
+            evaluation, stopping = close_epoch(parts, window.epoch)
         stopping = stopping or parts.stop.requested
 
         if evaluation is not None or parts.manager.due(state.step, state.seconds) or stopping or last:
@@ -138,14 +149,15 @@ def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = Fal
 def rescue(parts: Parts, error: Exception) -> None:
     """After a fatal error: save the last step boundary where it can be had back, and what the error knows."""
     parts.state.optimizer.zero_grad(set_to_none=True)
-    if isinstance(error, DivergedError) and error.row_ids:
-        images = [str(parts.train_loader.dataset.index.image_path(row)) for row in error.row_ids]
-        write_json(parts.folder.diverged_path, {"step": error.step, "row_ids": error.row_ids, "images": images})
+    if isinstance(error, DivergedError):
+        # Finite weights on the way to divergence must not take the place of good checkpoints.
+        logger.error("nothing is saved: go on from a checkpoint, with a lower optimizer.learning_rate")
+        if error.row_ids:
+            images = [str(parts.train_loader.dataset.index.image_path(row)) for row in error.row_ids]
+            write_json(parts.folder.diverged_path, {"step": error.step, "row_ids": error.row_ids, "images": images})
+        return
     if not parts.boundary.intact:
         logger.error("the error came in the middle of an update: the newest checkpoint is where to go on from")
-        return
-    if not all(bool(parameter.isfinite().all()) for parameter in parts.parameters):
-        logger.error("the weights are not finite any more: the newest checkpoint is where to go on from")
         return
     parts.boundary.restore()
     try:
@@ -224,6 +236,7 @@ def run(config: FullConfig) -> int:
     """Train as configured, from opening the run's folder to its model; returns the exit code."""
     alerts, resuming = Alerts.from_environment(), config.checkpoint.resume != "none"
     with StopRequest() as stop, RunFolder.open(config.run.folder, resume=resuming) as folder, alerts:
+        stop.watch(folder.stop_path)
         try:
             parts = build(config, folder, stop, alerts)
         except Exception as error:
@@ -233,8 +246,9 @@ def run(config: FullConfig) -> int:
             text = f"{folder.name}: could not start: {ending.reason}"
             alerts.send("could not start", text, run=folder.name, status=ending.status, exit_code=ending.exit_code)
             folder.discard_if_new()
-            raise
-        stop.watch(folder.stop_path)
+            if isinstance(error, InputError):
+                raise
+            raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
         write_results(parts, Ending("running"))
         ending = Ending("failed", 1, "interrupted")
         try:

@@ -273,6 +273,11 @@ class EarlyStopping:
             self.best, self.bad_checks = value, 0
         else:
             self.bad_checks += 1
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last check said that it is time to stop."""
         return self.bad_checks >= self.patience
 
     def state_dict(self) -> dict[str, Json]:

@@ -19,15 +19,19 @@ class NewerFormatError(FormatError):
     """A whole file of a newer program: not broken, so nothing may be put in its place."""
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a reader sees the old file or the new one, never a part (fsync, rename)."""
+def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace `path` by `content` so that a reader sees the old file or the new one, never a part (fsync, rename).
+
+    Not `durable`: without waiting for the disk; after a power cut the old file may be back, or be empty.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -35,9 +39,10 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Atomic, indented JSON; NumPy scalars are allowed, NaN becomes null."""
-    write_atomic(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Atomic, indented JSON; NumPy scalars are allowed, NaN becomes null. `durable` as for `write_atomic`."""
+    encoded = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+    write_atomic(path, encoded, durable=durable)
 
 
 def read_json(path: Path, kind: str, format_version: int) -> dict[str, Any]:

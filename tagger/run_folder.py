@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
@@ -58,9 +59,10 @@ class RunResults:
     format_version: int = FORMAT_VERSION
 
     def write(self, path: Path) -> None:
-        """Replace `results.json` atomically."""
+        """Replace `results.json` atomically; while the run goes on, without waiting for the disk."""
         content = asdict(self)
-        write_json(path, {"format_version": content.pop("format_version"), **content})
+        durable = self.status != "running"
+        write_json(path, {"format_version": content.pop("format_version"), **content}, durable=durable)
 
     @classmethod
     def read(cls, path: Path) -> "RunResults":
@@ -232,6 +234,7 @@ def describe_run(run: Path) -> str:
     return "no results yet"
 
 
+@cache
 def code_commit() -> str | None:
     """The git commit of this program's own files; None where they are not in a repository or git is missing."""
     # Inside a git hook GIT_DIR names another repository and would win over -C.

@@ -1,5 +1,6 @@
 """Stopping on request: a signal or a STOP file asks; a second signal ends the process at once."""
 
+import contextlib
 import logging
 import signal
 import threading
@@ -24,15 +25,17 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._made_at = time.time()
         self._file: Path | None = None
         self._file_seen = False
         self._looked_at = 0.0
 
     def watch(self, file: Path) -> None:
-        """From now on the existence of `file` asks too. One that is there already is from before, and removed."""
-        if file.exists():
-            logger.warning("%s was there before this run started: removed", file)
-            file.unlink()
+        """From now on the existence of `file` asks too. One that is older than this request is removed."""
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_mtime < self._made_at:
+                logger.warning("%s was there before this run started: removed", file)
+                file.unlink()
         self._file = file
 
     @property

@@ -23,6 +23,8 @@ _MARGIN: Final[dict[DctScaling, int]] = {"safe": 2, "tight": 1}
 _DIVISORS = (8, 4, 2)
 # libjpeg's complaints that mean missing or broken pixels; whatever else strict mode refuses, Pillow may still read.
 _LOST_PIXELS = ("Premature end", "Corrupt JPEG data")
+# Bytes between the last pixel and the end of the image: a fault that costs nothing.
+_HARMLESS = "extraneous bytes before marker 0xd9"
 
 
 def decode_jpeg(
@@ -49,7 +51,7 @@ def decode_jpeg(
         )
     except ValueError as error:
         message = str(error)
-        if any(fault in message for fault in _LOST_PIXELS):
+        if _HARMLESS not in message and any(fault in message for fault in _LOST_PIXELS):
             raise DecodeError("truncated" if "Premature" in message else "damaged JPEG", message) from error
         return None
     return (_inverted_cmyk_to_rgb(pixels) if inks else pixels), orientation, upright

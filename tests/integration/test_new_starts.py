@@ -189,3 +189,10 @@ def test_another_seed_is_no_change_of_data(images: Path, tmp_path: Path, capsys:
     assert train_direct.main(arguments(images, tmp_path, "run", "--resume", "latest", "training.seed=77")) == 2
     assert "training.seed" in capsys.readouterr().err
     assert results_of(tmp_path / "run") == before
+
+
+def test_a_kept_course_is_no_change_the_next_time(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, "run", "training.num_epochs=2")
+    more = ("training.num_epochs=3", "--resume", "latest")
+    run(images, tmp_path, "run", *more, "checkpoint.on_schedule_change=keep")
+    run(images, tmp_path, "run", *more, "checkpoint.on_schedule_change=error")

@@ -244,3 +244,57 @@ def test_a_save_that_fails_is_told_while_the_run_goes_on(
         ("save failed", "the checkpoint of step 2 was not saved: No space left on device"),
         ("ended", None),
     ]
+
+
+def test_a_validation_that_failed_is_made_up_for(
+    straight: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_direct.evaluate
+    calls = 0
+
+    def failing(*words: object, **more: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*words, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_direct, "evaluate", failing)
+        assert train_direct.main(arguments(images, tmp_path, "run")) == 5
+    assert_goes_on_as(straight, images, tmp_path / "run")
+    scores = [
+        [
+            line["val/mAP"]
+            for line in map(orjson.loads, (folder / "metrics.jsonl").read_bytes().splitlines())
+            if "val/mAP" in line
+        ]
+        for folder in (straight, tmp_path / "run")
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 3
+
+
+def test_divergence_leaves_the_good_checkpoints(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, "run", "training.num_epochs=2", "checkpoint.keep_last=2")
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    words = ("training.num_epochs=40", "optimizer.learning_rate=1e30", "--resume", "latest")
+    assert train_direct.main(arguments(images, tmp_path, "run", "checkpoint.keep_last=2", *words)) == 4
+    after = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    assert before[0] in after or before[-1] in after
+
+
+def test_a_run_that_early_stopping_ended_stays_ended(images: Path, tmp_path: Path) -> None:
+    words = ("training.num_epochs=6", "training.early_stopping_patience=1", "training.early_stopping_min_delta=1.0")
+    run(images, tmp_path, "run", *words)
+    steps = results_of(tmp_path / "run")["steps"]
+    run(images, tmp_path, "run", *words, "--resume", "latest")
+    assert results_of(tmp_path / "run")["steps"] == steps
+
+
+def test_a_start_without_memory_has_its_code(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(train_direct, "build", build)
+    assert train_direct.main(arguments(images, tmp_path, "run")) == 5
+    assert not (tmp_path / "run").exists()

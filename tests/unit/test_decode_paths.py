@@ -254,3 +254,9 @@ def test_an_unknown_scaling_is_refused() -> None:
 
 def test_formats_are_those_with_a_decoder() -> None:
     assert set(FORMATS) == {"JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF", "AVIF"}
+
+
+def test_bytes_behind_the_last_pixel_of_a_jpeg_cost_nothing() -> None:
+    whole = encode(picture(), "JPEG")
+    padded = whole[:-2] + bytes(20) + whole[-2:]
+    np.testing.assert_array_equal(decode_image(padded, max_pixels=CAP), decode_image(whole, max_pixels=CAP))
