@@ -20,6 +20,7 @@ from tagger.boundary import StepBoundary
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.windows import windows_left
+from tagger.errors import InputError
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
 from tagger.run_folder import RunFolder
@@ -166,6 +167,11 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
 def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, state: TrainState) -> bool:
     """Put the run's state back, saying from where and what has changed since; False where there is no checkpoint."""
     for change in changed_settings(folder.config_path, config):
+        if change.startswith("vocabulary."):
+            raise InputError(
+                f"{change}: a run keeps the tags that it started with; set it back, or start a new run with "
+                f"--init-from {folder.path}, which carries over the tags that both know"
+            )
         logger.warning("changed since this run last started: %s", change)
     loaded = manager.load(config.checkpoint.resume)
     if loaded is None:

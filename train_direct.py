@@ -30,7 +30,7 @@ from tagger.rng import mix
 from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit
 from tagger.stop import StopRequest
 from training_utils import load_weights
-from validation_loop import Evaluation, evaluate
+from validation_loop import Evaluation, EvaluationStopped, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def validate(parts: Parts, epoch: int) -> Evaluation:
             num_tags=len(parts.vocabulary),
             threshold=config.validation.threshold,
             num_samples=config.monitor.sample_images,
+            stop=lambda: parts.stop.requested,
         )
     monitor.log(evaluation.scalars, state.step, epoch)
     monitor.log_histogram("val/average_precision", evaluation.metrics["average_precision"], state.step)
@@ -83,11 +84,15 @@ def validate(parts: Parts, epoch: int) -> Evaluation:
     return evaluation
 
 
-def close_epoch(parts: Parts, epoch: int) -> tuple[Evaluation, bool]:
+def close_epoch(parts: Parts, epoch: int) -> tuple[Evaluation | None, bool]:
     """Validate, and say whether that ends the run. Until it is done, a checkpoint says that it is still owed."""
     state = parts.state
     state.extra["owed_validation"] = epoch
-    evaluation = validate(parts, epoch)
+    try:
+        evaluation = validate(parts, epoch)
+    except EvaluationStopped:
+        logger.warning("the validation under way is left to the next start")
+        return None, True
     del state.extra["owed_validation"]
     stopping = state.early_stopping
     return evaluation, stopping is not None and stopping.update(evaluation.scalars[parts.config.checkpoint.best_metric])

@@ -6,7 +6,7 @@ Refuses a run without weights, and weights that do not belong to the run's vocab
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +56,10 @@ class Evaluation:
     samples: Samples
 
 
+class EvaluationStopped(Exception):
+    """The pass was asked to stop before its end; it has no result."""
+
+
 def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Batch, object]],
@@ -66,10 +70,12 @@ def evaluate(
     num_tags: int,
     threshold: float,
     num_samples: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score `model` on every batch of `loader`; the model's training mode is put back afterwards.
 
-    `val/loss` is the criterion summed over tags, averaged over images. Raises ValueError when a logit is NaN.
+    `val/loss` is the criterion summed over tags, averaged over images. Raises DivergedError when a logit is NaN,
+    EvaluationStopped when `stop`, asked before each batch, says so.
     """
     computer = MetricComputer(num_tags, threshold)
     total = torch.zeros((), dtype=torch.float64)
@@ -79,6 +85,8 @@ def evaluate(
     try:
         with torch.inference_mode():
             for host, _ in loader:
+                if stop():
+                    raise EvaluationStopped
                 batch = host.to(device, non_blocking=True)
                 with precision.autocast():
                     logits = model(batch.images, batch.valid_sizes)

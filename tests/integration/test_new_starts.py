@@ -196,3 +196,12 @@ def test_a_kept_course_is_no_change_the_next_time(images: Path, tmp_path: Path) 
     more = ("training.num_epochs=3", "--resume", "latest")
     run(images, tmp_path, "run", *more, "checkpoint.on_schedule_change=keep")
     run(images, tmp_path, "run", *more, "checkpoint.on_schedule_change=error")
+
+
+def test_another_vocabulary_is_refused_on_resume_and_says_how_to_carry_over(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path, "run", "training.num_epochs=1")
+    words = arguments(images, tmp_path, "run", "training.num_epochs=2", "--resume", "latest")
+    assert train_direct.main([*words, "vocabulary.min_frequency=12"]) == 2
+    assert "--init-from" in capsys.readouterr().err

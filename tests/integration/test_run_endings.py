@@ -298,3 +298,21 @@ def test_a_start_without_memory_has_its_code(images: Path, tmp_path: Path, monke
     monkeypatch.setattr(train_direct, "build", build)
     assert train_direct.main(arguments(images, tmp_path, "run")) == 5
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_during_validation_saves_at_once_and_makes_up_for_it(
+    straight: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_direct.evaluate
+
+    def interrupted(*words: object, **more: object) -> object:
+        if not (tmp_path / "run" / "asked").exists():
+            (tmp_path / "run" / "asked").touch()
+            raise train_direct.EvaluationStopped
+        return real(*words, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_direct, "evaluate", interrupted)
+        assert train_direct.main(arguments(images, tmp_path, "run")) == 0
+    assert results_of(tmp_path / "run")["steps"] == 5
+    assert_goes_on_as(straight, images, tmp_path / "run")
