@@ -47,7 +47,11 @@ class Bars:
 
 def show(index: MetadataIndex, console: Console) -> None:
     """Print counts, the reasons for what was rejected, and what has no partner."""
-    console.print(index.report()[0], highlight=False)
+    report = index.report()
+    console.print(report[0], highlight=False)
+    for line in report[1:]:
+        if line.startswith("skipped: "):
+            console.print(line, highlight=False)
     if index.update is not None:
         console.print(str(index.update), highlight=False)
     ratings = ", ".join(f"{name} {count:,}" for name, count in index.rating_counts().items())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tagger.artifact import load_artifact
 from tagger.artifact.store import CONFIG_FILE, VOCABULARY_FILE
 from tagger.artifact.tags import read_tags
-from tagger.checkpoint.format import MANIFEST_FILE, Tensors, read_manifest, read_part
+from tagger.checkpoint.format import MANIFEST_FILE, CheckpointError, Tensors, read_manifest, read_part
 from tagger.checkpoint.store import newest_first, read_best
 from tagger.errors import InputError
 from tagger.module_state import check_tensors, clean_name, named_tensors
@@ -50,10 +50,15 @@ def find_initial_weights(place: Path) -> InitialWeights:
         return find_initial_weights(place / "model")
     checkpoints = place / "checkpoints"
     best = read_best(checkpoints)
-    candidates = [checkpoints / best.checkpoint] if best else [path for path, _ in newest_first(checkpoints)[0]]
-    if not candidates:
-        raise InputError(f"{place} holds no weights; name a run, one of its checkpoints or a model folder")
-    return find_initial_weights(candidates[0])
+    candidates = [path for path, _ in newest_first(checkpoints)[0]]
+    if best is not None and (checkpoints / best.checkpoint).is_dir():
+        candidates.insert(0, checkpoints / best.checkpoint)
+    for path in candidates:
+        try:
+            return find_initial_weights(path)
+        except CheckpointError as error:
+            logger.warning("%s; the next newest is tried", error)
+    raise InputError(f"{place} holds no usable weights; name a run, one of its checkpoints or a model folder")
 
 
 @torch.no_grad()

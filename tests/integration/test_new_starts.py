@@ -205,3 +205,14 @@ def test_another_vocabulary_is_refused_on_resume_and_says_how_to_carry_over(
     words = arguments(images, tmp_path, "run", "training.num_epochs=2", "--resume", "latest")
     assert train_direct.main([*words, "vocabulary.min_frequency=12"]) == 2
     assert "--init-from" in capsys.readouterr().err
+
+
+def test_a_broken_checkpoint_is_passed_over(finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "model")
+    (copy / "checkpoints" / "best.json").unlink()
+    newest = sorted((copy / "checkpoints").glob("step-*"))[-1]
+    (newest / "ema.safetensors").write_bytes(b"x")
+    found = find_initial_weights(copy)
+    assert found.source != newest and "the next newest is tried" in caplog.text
