@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,14 @@ def test_leaving_the_loop_leaves_no_thread(root: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader-")]
 
 
-def test_the_wait_for_data_is_measured(root: Path) -> None:
+def test_the_wait_for_data_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, _, _ = loaders(root)
+
+    def slow(path: Path, *args: object) -> tuple[bytes, FileFacts]:
+        time.sleep(0.005)
+        return read_with_facts(path, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(image_reader, "read_with_facts", slow)
     assert train.wait_seconds == 0
     epoch_of(train)
     assert 0 < train.wait_seconds < 10

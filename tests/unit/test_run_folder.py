@@ -235,15 +235,15 @@ def test_the_commit_is_gits_and_none_outside_git(tmp_path: Path, monkeypatch: py
     source.write_text("")
     monkeypatch.setattr(run_folder, "__file__", str(source))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert code_commit() is None
+    assert code_commit.__wrapped__() is None
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
         subprocess.run(git + arguments, check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert code_commit() == head
+    assert code_commit.__wrapped__() == head
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    assert code_commit() == head
+    assert code_commit.__wrapped__() == head
     monkeypatch.setenv("PATH", "")
-    assert code_commit() is None
+    assert code_commit.__wrapped__() is None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
