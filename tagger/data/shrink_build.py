@@ -141,6 +141,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # then the next build does it
+            remove_unfinished(folder)
         lock.release()
 
 

@@ -126,7 +126,7 @@ def train_to(words: list[str], name: str, stops: list[int]) -> Done:
 
 def metrics_of(path: Path) -> list[dict[str, float]]:
     lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
-    times = ("time", "system/", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds")
+    times = ("time", "system/", "train/images_per_second", "train/data_wait_fraction", "train/checkpoint_lag_seconds")
     return [{name: value for name, value in line.items() if not name.startswith(times)} for line in lines]
 
 
