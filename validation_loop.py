@@ -91,7 +91,7 @@ def evaluate(
                 with precision.autocast():
                     logits = model(batch.images, batch.valid_sizes)
                 loss = criterion(logits, batch.tag_indices, batch.tag_offsets)
-                computer.update(logits.float(), batch.tag_indices, batch.tag_offsets)
+                computer.update(logits, host.tag_indices, host.tag_offsets, host.row_ids)
                 total += loss.double().cpu()
                 collected = _first_samples(collected, host, logits, num_samples)
     finally:
