@@ -19,12 +19,14 @@ from tagger.errors import DivergedError
 from tagger.metrics.curves import Counts, TagCurve, tag_curve
 from tagger.metrics.host import HostMemory, LateCopies
 from tagger.metrics.keys import KEY_OFFSET, NUM_KEYS, lowest_keys, refuse_nan, to_keys_unchecked
+from tagger.metrics.ranking import rank_positives
 from tagger.metrics.store import Form, ScoreStore, codes
+from tagger.metrics.summary import image_f1
 from tagger.tag_lists import tag_coordinates
 
 # Rows of a batch that are worked on together on a CPU: their logits and keys fit the second-level cache.
 _LOGITS_AT_A_TIME = 1 << 18
-_PER_IMAGE = ("image_ids", "hits", "predicted", "present")
+_PER_IMAGE = ("hits", "predicted", "present")
 
 
 class MetricResult(TypedDict):
@@ -105,7 +107,9 @@ class MetricComputer:
         self._memory = HostMemory(self._memory_bytes, self._folder)
         self.store = ScoreStore(self.num_tags, self._memory, self._form, self._expected_images)
         self._copies = LateCopies()
+        # Codes in the order of their images, and the same in ascending order once they were asked for.
         self._positives: list[Counts] = []
+        self._ascending: Counts | None = None
         self._per_image: dict[str, list[npt.NDArray[np.integer]]] = {name: [] for name in _PER_IMAGE}
         self._num_images = 0
         self._lowest_on: dict[torch.device, Tensor] = {}
@@ -143,15 +147,15 @@ class MetricComputer:
         if logits.device.type == "cpu":
             refuse_nan(logits)
             parts = [
-                self._count_rows(logits[rows], positives)
+                self._count_rows(logits[rows], positives, ids[rows])
                 for rows, positives in _row_parts(places, len(logits), self.num_tags)
             ]
             sent = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         else:
             nan_seen = torch.isnan(logits.amax()).view(1)
-            sent = (*self._count_rows(logits, places.to(logits.device, non_blocking=True)), nan_seen)
+            sent = (*self._count_rows(logits, places.to(logits.device, non_blocking=True), ids), nan_seen)
         self._num_images = stop
-        self._copies.send(sent, lambda tensors: self._receive(tensors, places.numpy(), ids.numpy()))
+        self._copies.send(sent, lambda tensors: self._receive(tensors, places.numpy()))
 
     def merge(self, other: "MetricComputer") -> None:
         """Add the images of another computer, which keeps them; the result does not depend on their order."""
@@ -164,6 +168,7 @@ class MetricComputer:
         other._drain()
         self.store.merge(other.store)
         self._positives += other._positives
+        self._ascending = None
         for name in _PER_IMAGE:
             self._per_image[name] += other._per_image[name]
         self._num_images += other._num_images
@@ -188,6 +193,7 @@ class MetricComputer:
         self._drain()
         self.store.add_arrays(arrays)
         self._positives.append(np.asarray(arrays["positives"], dtype=np.int64))
+        self._ascending = None
         for name in _PER_IMAGE:
             self._per_image[name].append(np.asarray(arrays[name], dtype=np.int64))
         self._num_images += len(arrays["hits"])
@@ -195,14 +201,19 @@ class MetricComputer:
     def per_image(self, name: str) -> npt.NDArray[np.int64]:
         """int64 [N]: "hits", "predicted" or "present" tags of each image at the thresholds, or its "image_ids"."""
         self._drain()
-        return _joined(self._per_image[name], np.int64)
+        return self.store.image_ids if name == "image_ids" else _joined(self._per_image[name], np.int64)
 
     def positives(self) -> Counts:
         """`tagger.metrics.store.codes` of the key of every (image, tag) that is true, int64 [P], ascending."""
         self._drain()
-        if len(self._positives) != 1 or not bool((self._positives[0][1:] >= self._positives[0][:-1]).all()):
-            self._positives = [np.sort(_joined(self._positives, np.int64))]
-        return self._positives[0]
+        if self._ascending is None:
+            self._ascending = np.sort(_joined(self._positives, np.int64))
+        return self._ascending
+
+    def positives_by_image(self) -> tuple[Counts, npt.NDArray[np.int64]]:
+        """The same codes image by image, and the place (0..N-1, in order of coming) of each one's image."""
+        self._drain()
+        return _joined(self._positives, np.int64), np.repeat(np.arange(self._num_images), self.per_image("present"))
 
     def compute(self) -> MetricResult:
         """Score every image seen; more may follow."""
@@ -210,23 +221,11 @@ class MetricComputer:
         if self._num_images == 0:
             raise ValueError("no image to score; call update() with at least one")
         positives = self.positives()
-        present = np.bincount(positives // NUM_KEYS, minlength=self.num_tags)
         at_thresholds = codes(np.arange(self.num_tags), self._lowest)
-        distinct = np.flatnonzero(np.diff(positives, prepend=-1))
-        wanted = positives[distinct]
-        queries = np.union1d(wanted, at_thresholds)
-        counts = self.store.counts_from(queries)
-        ends = np.cumsum(present)
-        predicted = counts[np.searchsorted(queries, at_thresholds)]
-        hits = ends - np.searchsorted(positives, at_thresholds)
-        # Mean over the positives of the precision at their score, which is sum((R_n - R_n-1) * P_n), ties and all.
-        tags = wanted // NUM_KEYS
-        precision = (ends[tags] - distinct) / counts[np.searchsorted(queries, wanted)]
-        times = np.diff(distinct, append=len(positives))
+        ranked, predicted = rank_positives(positives, self.store, at_thresholds)
+        present, average_precision = ranked.present, ranked.average_precision
+        hits = np.cumsum(present) - np.searchsorted(positives, at_thresholds)
         with_positives = present > 0
-        average_precision = np.full(self.num_tags, math.nan)
-        summed = np.bincount(tags, weights=times * precision, minlength=self.num_tags)
-        average_precision[with_positives] = summed[with_positives] / present[with_positives]
         counted = (predicted + present) > 0
         f1 = 2 * hits[counted] / (predicted + present)[counted]
         decisions = int(predicted.sum() + present.sum())
@@ -234,7 +233,7 @@ class MetricComputer:
             "mAP": float(average_precision[with_positives].mean()) if with_positives.any() else math.nan,
             "f1_macro": float(f1.mean()) if counted.any() else math.nan,
             "f1_micro": 2 * int(hits.sum()) / decisions if decisions else math.nan,
-            "f1_per_image": _mean(image_f1(*(self.per_image(name) for name in _PER_IMAGE[1:]))),
+            "f1_per_image": _mean(image_f1(*(self.per_image(name) for name in _PER_IMAGE))),
             "tags_per_image": int(present.sum()) / self._num_images,
             "predicted_per_image": int(predicted.sum()) / self._num_images,
             "threshold": self.threshold,
@@ -268,25 +267,23 @@ class MetricComputer:
         keys = (cells - KEY_OFFSET).astype(np.int16)
         return tag_curve(-1, keys, table[cells], own, self._num_images * self.num_tags)
 
-    def _count_rows(self, logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def _count_rows(self, logits: Tensor, places: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the keys of some images; the positives' keys int16 [P] and each image's predicted tags int32 [B]."""
         keys = to_keys_unchecked(logits)
-        self.store.add(keys)
+        self.store.add(keys, image_ids.numpy())
         if keys.device not in self._lowest_on:
             self._lowest_on[keys.device] = torch.from_numpy(self._lowest).to(keys.device)
         return keys.view(-1)[places], predicted_tags(keys, self._lowest_on[keys.device])
 
-    def _receive(
-        self, tensors: tuple[Tensor, ...], places: npt.NDArray[np.int64], image_ids: npt.NDArray[np.int64]
-    ) -> None:
+    def _receive(self, tensors: tuple[Tensor, ...], places: npt.NDArray[np.int64]) -> None:
         keys, predicted = tensors[0].numpy(), tensors[1].numpy()
         if len(tensors) == 3 and bool(tensors[2]):
             raise DivergedError(f"logits hold NaN, first in a batch of {len(predicted)} images; the model has diverged")
         rows, tags = np.divmod(places, self.num_tags)
         taken = keys >= self._lowest[tags]
         self._positives.append(codes(tags, keys))
+        self._ascending = None
         for name, values in (
-            ("image_ids", image_ids),
             ("hits", np.bincount(rows[taken], minlength=len(predicted)).astype(np.int32)),
             ("predicted", predicted.astype(np.int32)),
             ("present", np.bincount(rows, minlength=len(predicted)).astype(np.int32)),
@@ -305,14 +302,6 @@ def predicted_tags(keys: Tensor, lowest: Tensor) -> Tensor:
     else:
         taken = keys >= lowest
     return taken.sum(dim=1, dtype=torch.int32)
-
-
-def image_f1(
-    hits: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], present: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Each image's F1, float64 [N]; 1 where it has no tags and none is predicted."""
-    both = predicted + present
-    return np.where(both > 0, 2 * hits / np.maximum(both, 1), 1.0)
 
 
 def _positive_places(shape: torch.Size, targets: Tensor, tag_offsets: Tensor | None) -> Tensor:
