@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 Action = Literal["add", "remove"]
 ImageKey = tuple[str, str]
-_RATING_TAGS = {f"rating:{rating}": rating for rating in RATINGS}
+RATING_TAGS = {f"rating:{rating}": rating for rating in RATINGS}
 
 
 class LastTagError(ValueError):
@@ -232,8 +232,8 @@ def change_tags(
 
     `rating:<word>` is the rating: adding one replaces another.
     """
-    if tag in _RATING_TAGS:
-        word = _RATING_TAGS[tag]
+    if tag in RATING_TAGS:
+        word = RATING_TAGS[tag]
         if (rating == word) == (action == "add"):
             return None
         return tags, word if action == "add" else None
