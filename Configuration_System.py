@@ -60,6 +60,7 @@ class DataSection:
 
     roots: list[str] = field(default_factory=list)
     annotations: str | None = None
+    corrections_file: str | None = None
     extra_fields: list[str] = field(default_factory=list)
     index_dir: str = ".tagsmith/index"
     cache_dir: str | None = None
@@ -93,9 +94,7 @@ class DataSection:
         )
         not_negative("data", num_processes=self.num_processes, sampling_power=self.sampling_power)
         cap = self.sampling_cap
-        require(
-            1 <= cap < math.inf, f"data.sampling_cap={cap} is below 1 or not finite", "10: at most 10 times as often"
-        )
+        require(1 <= cap < math.inf, f"data.sampling_cap={cap} is below 1 or not finite", "10: at most 10 times")
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
         fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
         bits = self.near_duplicate_bits
@@ -453,6 +452,7 @@ def check_paths(config: FullConfig) -> None:
     )
     existing_files(
         data__annotations=config.data.annotations,
+        data__corrections_file=config.data.corrections_file,
         data__val_list=config.data.val_list,
         vocabulary__file=config.vocabulary.file,
         vocabulary__ignore_file=config.vocabulary.ignore_file,

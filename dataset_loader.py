@@ -27,7 +27,7 @@ from tagger.data.decode import DecodeOptions, describe_decoder
 from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
-from tagger.data.position import Position, check_position, check_range, differences
+from tagger.data.position import Position, carry_over, check_position, identified
 from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads, num_cores
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.quarantine_log import KnownBad, Quarantine
@@ -277,6 +277,7 @@ class DataLoader:
             "rows": len(rows),
             "rows_hash": hash_rows(dataset.index.image_ids, rows),
             "sampling": sampler.scheme,
+            "corrections": 0 if dataset.index.corrections is None else dataset.index.corrections.hash,
         }
         self._ring: LoaderRing | None = None
         self._epoch = 0
@@ -334,23 +335,13 @@ class DataLoader:
         self._epoch, self._start = position["epoch"], start
 
     def carry_over(self, position: Mapping[str, int]) -> Position:
-        """A position to `seek` in place of one whose images, split or sampling have changed since; itself otherwise.
+        """A position to `seek` in place of one whose images, split, sampling or corrections have changed since.
 
-        There is no place in the new order that says which images were seen, so the epoch starts again, unless it was
-        over; a warning says so. Raises PositionError for another seed, which is no change of the data set.
+        Itself where nothing has; see `tagger.data.position.carry_over`.
         """
-        found = differences(position, self._identity)
-        if not found or "seed" in found:
-            check_position(position, self._identity)
-            return dict(position)
-        check_range(position)
-        spans, samples = self._source.plan.spans(0), position["samples"]
-        over = position["rows"] - max(samples, position.get("whole", 0)) < spans.step
-        again = f"starts again with the new ones, so that {samples} images may come a second time"
-        what = "was over, and the next one has the new ones" if over else again
-        message = "the images to train on are not those of the checkpoint (%s): epoch %d %s"
-        logger.warning(message, "; ".join(found.values()), position["epoch"] + 1, what)
-        return self._position(spans.pieces[-1][1] if over else 0, position["epoch"])
+        spans = self._source.plan.spans(0)
+        start, end = (self._position(samples, position["epoch"]) for samples in (0, spans.pieces[-1][1]))
+        return carry_over(position, self._identity, spans.step, start, end)
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         epoch, spans = self._epoch, self._source.plan.spans(self._start)
@@ -397,11 +388,9 @@ class DataLoader:
         return self._ring
 
     def _position(self, samples: int, epoch: int) -> Position:
-        # What is as in a plain loader is left out, and `seek` reads it so.
-        identity = {key: value for key, value in self._identity.items() if key != "sampling" or value}
         grouping = self._source.plan.grouping(samples)
         extra = {"grouping": grouping.hash, "whole": grouping.whole} if grouping is not None else {}
-        return {"epoch": epoch, "samples": samples, **identity, **extra}
+        return identified({"epoch": epoch, "samples": samples, **extra}, self._identity)
 
 
 def open_dataset(section: DataSection) -> MetadataIndex:
@@ -411,6 +400,7 @@ def open_dataset(section: DataSection) -> MetadataIndex:
         Path(section.index_dir),
         extra_fields=section.extra_fields,
         annotations=Path(section.annotations) if section.annotations is not None else None,
+        corrections=Path(section.corrections_file) if section.corrections_file is not None else None,
     )
     for line in index.report():
         logger.info("%s", line)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,12 +29,14 @@ from tagger.errors import DivergedError, InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.output import reader_may_leave
+from tagger.suspects import Suspects, write_suspects
 from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
 from vocabulary import TagVocabulary, configured_vocabulary, tag_shares
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+SUSPECTS_FILE = "suspects.jsonl"
 Criterion = TagLoss | MultiTaskLoss
 
 
@@ -56,6 +58,14 @@ class Evaluation:
     samples: Samples
 
 
+class Collector(Protocol):
+    """Looks at every batch of an evaluation."""
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """batch: on the host. logits: float32 [B, C] on the CPU."""
+        ...
+
+
 class EvaluationStopped(Exception):
     """The pass was asked to stop before its end; it has no result."""
 
@@ -70,6 +80,7 @@ def evaluate(
     num_tags: int,
     threshold: float,
     num_samples: int = 0,
+    collectors: Sequence[Collector] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score `model` on every batch of `loader`; the model's training mode is put back afterwards.
@@ -94,6 +105,10 @@ def evaluate(
                 computer.update(logits, host.tag_indices, host.tag_offsets, host.row_ids)
                 total += loss.double().cpu()
                 collected = _first_samples(collected, host, logits, num_samples)
+                if collectors:
+                    scores = logits.float().cpu()
+                    for collector in collectors:
+                        collector.add(host, scores)
     finally:
         model.train(was_training)
     metrics = computer.compute()
@@ -208,9 +223,12 @@ def as_table(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) ->
 
 
 def evaluate_weights(
-    config: FullConfig, run: Path, checkpoint: Path | None, use_ema: bool
+    config: FullConfig, run: Path, checkpoint: Path | None, use_ema: bool, num_suspects: int = 0
 ) -> tuple[Evaluation, TagVocabulary, str]:
-    """Score a checkpoint of a run, or the run's model where `checkpoint` is None, and name what was scored."""
+    """Score a checkpoint of a run, or the run's model where `checkpoint` is None, and name what was scored.
+
+    With `num_suspects`, that many labels which are probably wrong go to `suspects.jsonl` in the run.
+    """
     vocabulary, _, validation, model = open_data_and_model(config, run / "vocabulary.json")
     found: str | None
     tensors: Mapping[str, Tensor]
@@ -224,6 +242,7 @@ def evaluate_weights(
         raise InputError(f"{name} is of another vocabulary than {run / 'vocabulary.json'}; they do not belong together")
     model.load_state_dict(tensors)
     device = resolve_device(config.training.device)
+    suspects = Suspects(len(vocabulary), num_suspects) if num_suspects else None
     evaluation = evaluate(
         model.to(device),
         validation,
@@ -232,7 +251,12 @@ def evaluate_weights(
         device,
         num_tags=len(vocabulary),
         threshold=config.validation.threshold,
+        collectors=() if suspects is None else (suspects,),
     )
+    if suspects is not None:
+        facts = {"weights": name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
+        index = validation.dataset.index
+        write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, facts)
     return evaluation, vocabulary, name
 
 
@@ -253,6 +277,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="where the JSON goes (default: evaluation.json in the run)"
     )
     parser.add_argument(
+        "--suspects", type=int, default=0, metavar="N", help=f"write the N most doubtful labels to {SUSPECTS_FILE}"
+    )
+    parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.roots=[/moved/images]"
     )
     return parser
@@ -264,11 +291,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_console(logging.WARNING)
     run: Path = options.run if options.run is not None else options.checkpoint.resolve().parent.parent
     try:
+        if options.suspects < 0:
+            raise InputError(f"--suspects={options.suspects} is below 0; give how many labels to list, e.g. 500")
         if not (run / "config.yaml").is_file():
             raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
         config = load_config(run / "config.yaml", options.overrides, environment={})
         check_paths(config)
-        evaluation, vocabulary, name = evaluate_weights(config, run, options.checkpoint, options.weights == "ema")
+        evaluation, vocabulary, name = evaluate_weights(
+            config, run, options.checkpoint, options.weights == "ema", options.suspects
+        )
         output = options.output or run / "evaluation.json"
         write_json(output, report(evaluation, vocabulary, name))
     except (InputError, DivergedError, OSError) as error:
@@ -277,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with reader_may_leave():
         Console().print(as_table(evaluation, vocabulary, name))
         print(f"every tag's average precision: {output}")
+        if options.suspects:
+            print(f"the most doubtful labels: {run / SUSPECTS_FILE}")
     return 0
 
 

@@ -21,7 +21,7 @@ import orjson
 from numpy.typing import NDArray
 
 from Configuration_System import VocabularySection
-from tagger.data.index import DatasetError, MetadataIndex, open_index
+from tagger.data.index import MetadataIndex, open_index
 from tagger.data.sidecar import RATINGS, clean_tag
 from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
@@ -354,6 +354,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratings", choices=("tags", "ignore"), default="tags", help="default: tags")
     parser.add_argument("--categories-file", type=Path, metavar="FILE", help="CSV table name,category")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or JSON Lines file instead of sidecars")
+    parser.add_argument("--corrections", type=Path, metavar="FILE", help="journal of corrected tags to lay over them")
     parser.add_argument("--index-dir", type=Path, default=DEFAULT_INDEX_DIR, metavar="DIR", help="default: %(default)s")
     return parser.parse_args(arguments)
 
@@ -368,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.index_dir,
             extra_fields=[name for name in options.extra_fields.split(",") if name.strip()],
             annotations=options.annotations,
+            corrections=options.corrections,
         )
         vocabulary = build_vocabulary(
             index,
@@ -377,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read_categories_file(options.categories_file) if options.categories_file else None,
         )
         vocabulary.save(options.output)
-    except (DatasetError, VocabularyError, FormatError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for line in index.report():

@@ -52,6 +52,9 @@ def show(index: MetadataIndex, console: Console) -> None:
     for line in report[1:]:
         if line.startswith("skipped: "):
             console.print(line, highlight=False)
+    if index.corrections is not None:
+        for line in index.corrections.report:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if index.update is not None:
         console.print(str(index.update), highlight=False)
     ratings = ", ".join(f"{name} {count:,}" for name, count in index.rating_counts().items())
@@ -110,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of images with sidecars")
     parser.add_argument("--extra-fields", default="", metavar="a,b", help="sidecar fields that become prefixed tags")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or JSON Lines file instead of sidecars")
+    parser.add_argument("--corrections", type=Path, metavar="FILE", help="journal of corrected tags to lay over them")
     parser.add_argument("--index-dir", type=Path, default=DEFAULT_INDEX_DIR, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--headers", action="store_true", help="also read the width and height of every image")
     parser.add_argument(
@@ -126,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.index_dir,
                 extra_fields=[name for name in options.extra_fields.split(",") if name.strip()],
                 annotations=options.annotations,
+                corrections=options.corrections,
                 headers=options.headers,
                 progress=bars,
             )

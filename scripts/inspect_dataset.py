@@ -34,7 +34,11 @@ _BAR_WIDTH = 30
 def look(options: argparse.Namespace, console: Console) -> Survey:
     """The survey of the folders on the command line, with a progress bar where `console` is a terminal."""
     index = open_index(
-        options.roots, options.index_dir, extra_fields=options.extra_fields, annotations=options.annotations
+        options.roots,
+        options.index_dir,
+        extra_fields=options.extra_fields,
+        annotations=options.annotations,
+        corrections=options.corrections,
     )
     columns = (TextColumn("images read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -136,6 +140,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-page", action="store_true", help="write no page")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or JSONL file instead of sidecars")
+    parser.add_argument("--corrections", type=Path, metavar="FILE", help="journal of corrected tags to lay over them")
     parser.add_argument(
         "--extra-fields", nargs="+", default=[], metavar="FIELD", help="sidecar fields that become tags, as in a recipe"
     )

@@ -1,5 +1,6 @@
 """Files that outlive a process: atomic replacement and format versions. Refuses files newer than the reader."""
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -43,6 +44,14 @@ def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = True) 
     """Atomic, indented JSON; NumPy scalars are allowed, NaN becomes null. `durable` as for `write_atomic`."""
     encoded = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n"
     write_atomic(path, encoded, durable=durable)
+
+
+def json_line(content: Mapping[str, object]) -> bytes:
+    """One line of JSON Lines. File names with undecodable bytes are escaped; `json.loads` gives them back."""
+    try:
+        return json.dumps(content, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(content).encode("ascii") + b"\n"
 
 
 def read_json(path: Path, kind: str, format_version: int) -> dict[str, Any]:

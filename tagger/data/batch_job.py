@@ -21,7 +21,7 @@ from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex
 from tagger.data.quarantine import SYSTEM_CLOCK, Clock, Refusal, UndecodableFile, retry_transient
 from tagger.data.quarantine_log import KnownBad
-from tagger.data.ragged import gather, pack
+from tagger.data.ragged import pack
 from tagger.data.sampler import RowSampler
 from tagger.data.scan import printable
 from tagger.preprocess import Preprocess
@@ -56,7 +56,7 @@ class TagTable:
 
     def own_tags(self, rows: Rows) -> tuple[Rows, Rows]:
         """The index's own tag numbers of rows, in vocabulary or not: (numbers [T], place of each in `rows` [T])."""
-        return gather(self.index.tag_offsets, self.index.tag_ids, rows)
+        return self.index.gather_tags(rows)
 
     def tags(
         self, rows: Rows, mirrored: Flags, mirror_of: NDArray[np.int32] | None

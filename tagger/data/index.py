@@ -10,8 +10,8 @@ import hashlib
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,15 @@ from numpy.typing import NDArray
 
 from tagger.data.annotations import add_annotation_rows
 from tagger.data.columns import open_column
+from tagger.data.corrections import Corrections, read_corrections
 from tagger.data.generations import Generation, clean_up, newest_first
 from tagger.data.header_columns import ImageHeaders, carry_headers, check_sizes, newest_headers, read_headers
 from tagger.data.index_build import RowWriter
+from tagger.data.index_fingerprint import digest_of_scan, fingerprint_of
+from tagger.data.index_problems import problems_content, read_problems
+from tagger.data.index_progress import Ahead, Of, Progress
 from tagger.data.index_update import OldRows, Update, add_scanned_rows, problems_by_sidecar
+from tagger.data.ragged import Numbers, gather
 from tagger.data.scan import (
     DatasetError,
     FolderScan,
@@ -49,9 +54,6 @@ _PROBLEMS = "problems.json"
 
 _log = logging.getLogger(__name__)
 
-# Told what is going on, and how many of how many files are done (None: nobody knows yet).
-Progress = Callable[[str, int, int | None], None]
-
 
 def open_index(
     roots: Sequence[str | Path],
@@ -59,18 +61,21 @@ def open_index(
     *,
     extra_fields: Sequence[str] = (),
     annotations: Path | None = None,
+    corrections: Path | None = None,
     headers: bool = False,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> "MetadataIndex":
     """Open the index of `roots` below `index_dir`, built or brought up to date where the files have changed.
 
-    With `annotations`, tags come from that file instead of sidecars and `roots` is its one image folder. With
-    `headers`, the width and height of each image are read too, where the file is new or has changed. `processes` parse
-    sidecars (None: several where there are many to read). Raises DatasetError when a root is missing or holds no
-    image, or when no row is left.
+    With `annotations`, tags come from that file instead of sidecars and `roots` is its one image folder. `corrections`
+    is a journal of corrected tags to lay over them. With `headers`, the width and height of each image are read too,
+    where the file is new or has changed. `processes` parse sidecars (None: several where there are many to read).
+    Raises DatasetError when a root is missing or holds no image, or when no row is left, InputError for a bad journal.
     """
     index = _open_rows(roots, index_dir, extra_fields, annotations, processes, progress)
+    if corrections is not None:
+        index.correct(read_corrections(corrections.expanduser(), index))
     if headers:
         index.read_headers(progress)
     return index
@@ -105,11 +110,11 @@ def _open_rows(
                 with_sidecars=source is None,
                 with_marks=old is not None,
                 skip=parent,
-                progress=None if progress is None else _Ahead(progress, "looking for files", num_before),
+                progress=None if progress is None else Ahead(progress, "looking for files", num_before),
             )
         )
-    scanned = _digest_of_scan(scans, problems, source)
-    fingerprint = _fingerprint(scanned, scans)
+    scanned = digest_of_scan(scans, problems, source)
+    fingerprint = fingerprint_of(scanned, scans)
     for index in generations:
         if index.complete and index.fingerprint == fingerprint:
             os.utime(index.path)  # in use: the clean-up keeps the most recent ones
@@ -126,10 +131,10 @@ def _open_rows(
                 problems,
                 old=None if old is None else old._old_rows(),
                 processes=processes,
-                progress=None if progress is None else _Of(progress, "reading sidecars"),
+                progress=None if progress is None else Of(progress, "reading sidecars"),
             )
             root_starts, update = built.root_starts, built.update
-            fingerprint = _fingerprint(scanned, scans)  # the marks of what was read
+            fingerprint = fingerprint_of(scanned, scans)  # the marks of what was read
             carried = None if old is None else newest_headers(old.path)
             if carried is not None:
                 carry_headers(carried, built.sources, generation.folder)
@@ -161,7 +166,7 @@ def finish_index(
     facts: roots, root_starts (the first row of each), extra_fields, and annotations (None: the rows have marks).
     """
     sizes = rows.close()
-    for name, content in ((_TAGS, {"tags": rows.tags.names}), (_PROBLEMS, _problems_content(problems))):
+    for name, content in ((_TAGS, {"tags": rows.tags.names}), (_PROBLEMS, problems_content(problems))):
         sizes[name] = generation.write_json(name, {"format_version": FORMAT_VERSION, **content})
     meta = {
         "format_version": FORMAT_VERSION,
@@ -186,6 +191,9 @@ class MetadataIndex:
     uint64 [N] is `stable_id` of the stem. `ratings` uint8 [N] is 0 for none, else 1 + the position in RATINGS.
     `sidecar_sizes` uint32 [N] in bytes and `sidecar_mtimes` int64 [N] in ns are those of the sidecar when it was read;
     None where the rows come from an annotation file. Safe to read from any thread.
+
+    `tag_ids` and `tag_offsets` are what the sidecars say, and so is the split by them; everything else has the
+    `corrections`, where there are any: `gather_tags` and `tag_lengths` are what to read tags with.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
@@ -206,7 +214,9 @@ class MetadataIndex:
         self.tag_ids = open_column(path / "tag_ids.npy")
         self.tag_offsets: NDArray[np.signedinteger] = open_column(path / "tag_offsets.npy")
         self.image_ids: NDArray[np.uint64] = open_column(path / "image_ids.npy")
-        self.ratings: NDArray[np.uint8] = open_column(path / "ratings.npy")
+        self.sidecar_ratings: NDArray[np.uint8] = open_column(path / "ratings.npy")
+        self.ratings = self.sidecar_ratings
+        self.corrections: Corrections | None = None
         self.sidecar_sizes: NDArray[np.uint32] | None = None
         self.sidecar_mtimes: NDArray[np.int64] | None = None
         if meta["annotations"] is None:
@@ -219,7 +229,7 @@ class MetadataIndex:
         self._rating_counts: list[int] = meta["rating_counts"]
 
     @classmethod
-    def load(cls, path: Path, headers: Path | None = None) -> "MetadataIndex":
+    def load(cls, path: Path, headers: Path | None = None, corrections: Corrections | None = None) -> "MetadataIndex":
         """Open the index in a folder, from any process, and its image headers in another, if that is named.
 
         Takes the same time for any number of rows. Raises FormatError when one is damaged or newer.
@@ -228,32 +238,58 @@ class MetadataIndex:
         check_sizes(path, meta["sizes"], "index")
         index = cls(path, meta)
         index.headers = None if headers is None else ImageHeaders.load(headers)
+        if corrections is not None:
+            index.correct(corrections)
         return index
+
+    def correct(self, corrections: Corrections) -> None:
+        """Lay corrections that were made for this index over its rows, once."""
+        assert self.corrections is None
+        self.corrections = corrections
+        if not len(corrections.rows):
+            return
+        self.tag_names += corrections.new_tags
+        grown = np.concatenate([self._tag_counts, np.zeros(len(corrections.new_tags), dtype=np.int64)])
+        self._tag_counts = grown + corrections.tag_changes
+        self._rating_counts = (np.array(self._rating_counts) + corrections.rating_changes).tolist()
+        self.ratings = corrections.correct_ratings(self.sidecar_ratings)
 
     def read_headers(self, progress: Progress | None = None) -> ImageHeaders:
         """Width and height of every image, read now where a file is new or has changed; kept as `headers`."""
         if self.headers is None:
-            told = None if progress is None else _Of(progress, "reading image headers")
+            told = None if progress is None else Of(progress, "reading image headers")
             self.headers = read_headers(self.path, self.num_rows, self.image_paths, told)
         return self.headers
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).load, (self.path, None if self.headers is None else self.headers.path)
+        headers = None if self.headers is None else self.headers.path
+        return type(self).load, (self.path, headers, self.corrections)
 
     def __len__(self) -> int:
         return self.num_rows
 
     def relative_path(self, row: int) -> str:
         """POSIX path of the image below its root."""
-        row = self._check_row(row)
-        content = self._paths[self._path_offsets[row] : self._path_offsets[row + 1]]
-        return content.tobytes().decode("utf-8", "surrogatepass")
+        return self._path_bytes(self._check_row(row)).decode("utf-8", "surrogatepass")
+
+    def _path_bytes(self, row: int) -> bytes:
+        return self._paths[self._path_offsets[row] : self._path_offsets[row + 1]].tobytes()
+
+    def locate(self, row: int) -> tuple[int, str]:
+        """(place in `roots`, POSIX path below it) of an image."""
+        return int(np.searchsorted(self._root_starts, self._check_row(row), side="right")) - 1, self.relative_path(row)
+
+    def find_row(self, root: int, image: str) -> int | None:
+        """The row of an image by its place in `roots` and its path below it, or None: the inverse of `locate`."""
+        first, end = [*self._root_starts.tolist(), self.num_rows][root : root + 2]
+        wanted = image.encode("utf-8", "surrogatepass")
+        row = first + bisect_left(range(first, end), wanted, key=self._path_bytes)
+        return row if row < end and self._path_bytes(row) == wanted else None
 
     def image_path(self, row: int) -> Path:
         """Absolute path of the image."""
-        row = self._check_row(row)
-        root = int(np.searchsorted(self._root_starts, row, side="right")) - 1
-        return self.roots[root] / self.relative_path(row)
+        root, path = self.locate(row)
+        return self.roots[root] / path
 
     def image_paths(self, rows: range) -> list[Path]:
         """Absolute paths of the images of consecutive rows."""
@@ -263,23 +299,45 @@ class MetadataIndex:
         """File name of the image without suffix, which its sidecar shares."""
         return self.relative_path(row).rpartition("/")[2].rpartition(".")[0]
 
-    def row_tag_ids(self, row: int) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    def row_tag_ids(self, row: int) -> NDArray[np.integer]:
         """Tag numbers of a row (a view)."""
+        corrected = None if self.corrections is None else self.corrections.row_tags(self._check_row(row))
+        return self._sidecar_tag_ids(row) if corrected is None else corrected
+
+    def _sidecar_tag_ids(self, row: int) -> NDArray[np.integer]:
         row = self._check_row(row)
         return self.tag_ids[self.tag_offsets[row] : self.tag_offsets[row + 1]]
 
+    def gather_tags(self, rows: Numbers) -> tuple[Numbers, Numbers]:
+        """Tag numbers of rows: (numbers [T], the place in `rows` that each belongs to [T], ascending); int64."""
+        values, places = gather(self.tag_offsets, self.tag_ids, rows)
+        if self.corrections is None or not len(self.corrections.rows):
+            return values, places
+        return self.corrections.replace(rows, values, places)
+
+    def tag_lengths(self) -> Numbers:
+        """How many tags each row has, int64 [N]."""
+        lengths = np.diff(self.tag_offsets).astype(np.int64)
+        if self.corrections is not None:
+            lengths[self.corrections.rows] = np.diff(self.corrections.tag_offsets)
+        return lengths
+
     def rating(self, row: int) -> str | None:
         """The row's rating, one of RATINGS."""
-        code = int(self.ratings[self._check_row(row)])
-        return RATINGS[code - 1] if code else None
+        return _rating_of(int(self.ratings[self._check_row(row)]))
 
     def record(self, row: int) -> Record:
         """A row in full, for people and exports; the loader reads the arrays."""
         tags = tuple(self.tag_names[number] for number in self.row_tag_ids(row))
         return Record(str(self.image_path(row)), self.stem(row), tags, self.rating(row))
 
+    def sidecar_record(self, row: int) -> Record:
+        """A row in full as its sidecar says, corrections aside."""
+        tags = tuple(self.tag_names[number] for number in self._sidecar_tag_ids(row))
+        return Record(str(self.image_path(row)), self.stem(row), tags, _rating_of(int(self.sidecar_ratings[row])))
+
     def tag_counts(self) -> NDArray[np.int64]:
-        """Rows that carry each tag, int64 [len(tag_names)], counted when the index was built."""
+        """Rows that carry each tag, int64 [len(tag_names)], counted when the index was built and corrected."""
         return self._tag_counts
 
     def rating_counts(self) -> dict[str, int]:
@@ -309,17 +367,19 @@ class MetadataIndex:
     def report(self) -> tuple[str, ...]:
         """What was indexed and what was not, in lines for people."""
         folders = "1 folder" if len(self.roots) == 1 else f"{len(self.roots)} folders"
-        lines = [f"{self.num_rows:,} images with {len(self.tag_names):,} distinct tags in {folders}"]
+        num_tags = int(np.count_nonzero(self._tag_counts))  # corrections may have left none of one
+        lines = [f"{self.num_rows:,} images with {num_tags:,} distinct tags in {folders}"]
         lines += describe_problems(self._problems)
+        lines += self.corrections.report if self.corrections is not None else ()
         return tuple(lines)
 
     @cached_property
     def _problems(self) -> Problems:
-        return _read_problems(self.path / _PROBLEMS)
+        return read_problems(self.path / _PROBLEMS, FORMAT_VERSION)
 
     def _old_rows(self) -> OldRows:
         """These rows as what a new index can take over."""
-        assert self.sidecar_sizes is not None and self.sidecar_mtimes is not None
+        assert self.sidecar_sizes is not None and self.sidecar_mtimes is not None and self.corrections is None
         refused, odd_ratings = problems_by_sidecar(self._problems)
         return OldRows(
             [*self._root_starts.tolist(), self.num_rows],
@@ -329,7 +389,7 @@ class MetadataIndex:
             self.tag_ids,
             self.tag_offsets,
             self.image_ids,
-            self.ratings,
+            self.sidecar_ratings,
             self.sidecar_sizes,
             self.sidecar_mtimes,
             refused,
@@ -340,6 +400,10 @@ class MetadataIndex:
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} is not in 0..{self.num_rows - 1}")
         return row
+
+
+def _rating_of(code: int) -> str | None:
+    return RATINGS[code - 1] if code else None
 
 
 def _resolve_roots(roots: Sequence[str | Path], annotations: Path | None) -> tuple[Path, ...]:
@@ -357,63 +421,12 @@ def _resolve_roots(roots: Sequence[str | Path], annotations: Path | None) -> tup
     return folders
 
 
-def _annotation_mark(path: Path) -> bytes:
-    try:
-        facts = path.stat()
-    except OSError as error:
-        raise DatasetError(f"data.annotations: cannot read {printable(path)}: {error.strerror or error}") from error
-    return f"{facts.st_size}/{facts.st_mtime_ns}".encode()
-
-
 def _key(roots: tuple[Path, ...], fields: tuple[ExtraField, ...], annotations: Path | None) -> str:
     """Name of the folder that holds the generations of one data set read in one way."""
     parts = [str(FORMAT_VERSION), *image_suffixes(), "roots", *map(str, roots), "fields"]
     parts += [f"{field.name}={field.prefix}" for field in fields]
     parts += [] if annotations is None else ["annotations", printable(annotations)]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
-
-
-class _Ahead:
-    """Tells of files that are found, on top of those of other roots."""
-
-    def __init__(self, progress: Progress, what: str, before: int) -> None:
-        self._progress, self._what, self._before = progress, what, before
-
-    def __call__(self, num_files: int) -> None:
-        self._progress(self._what, self._before + num_files, None)
-
-
-class _Of:
-    """Tells how many of how many are done."""
-
-    def __init__(self, progress: Progress, what: str) -> None:
-        self._progress, self._what = progress, what
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress(self._what, done, total)
-
-
-def _digest_of_scan(scans: Sequence[FolderScan], problems: Problems, source: Path | None) -> bytes:
-    """What a scan found beside its pairs."""
-    digest = hashlib.blake2b(b"" if source is None else _annotation_mark(source), digest_size=16)
-    lists = [problems.images_without_sidecar, problems.sidecars_without_image]
-    lists += [[f"{item.path}/{item.reason}" for item in problems.rejected]]
-    lists += [scan.images for scan in scans]
-    for names in lists:
-        digest.update(f"\0{len(names)}\0".encode())
-        for name in names:
-            digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.digest()
-
-
-def _fingerprint(scanned: bytes, scans: Sequence[FolderScan]) -> str:
-    """Hash of everything that decides the rows: names, sizes and times."""
-    digest = hashlib.blake2b(scanned, digest_size=16)
-    for scan in scans:
-        pairs = scan.pairs
-        for column in (pairs.ends, pairs.paths, pairs.suffixes, pairs.sizes, pairs.mtimes):
-            digest.update(column.data)
-    return digest.hexdigest()
 
 
 def _readable_generations(home: Path) -> list[MetadataIndex]:
@@ -425,30 +438,3 @@ def _readable_generations(home: Path) -> list[MetadataIndex]:
         except FormatError as error:
             _log.warning("%s; building it anew", error)
     return found
-
-
-def _problems_content(problems: Problems) -> dict[str, Any]:
-    return {
-        "rejected": [[item.path, item.reason, *(item.mark or ())] for item in problems.rejected],
-        "images_without_sidecar": problems.images_without_sidecar,
-        "sidecars_without_image": problems.sidecars_without_image,
-        "unknown_ratings": [
-            [item.path, item.reason, row]
-            for item, row in zip(problems.unknown_ratings, problems.unknown_rating_rows, strict=True)
-        ],
-        "skipped": dict(problems.skipped),
-        "unreadable": problems.unreadable,
-    }
-
-
-def _read_problems(path: Path) -> Problems:
-    content = read_json(path, "index problems", FORMAT_VERSION)
-    return Problems(
-        [Rejected(path, reason, tuple(mark) or None) for path, reason, *mark in content["rejected"]],
-        content["images_without_sidecar"],
-        content["sidecars_without_image"],
-        [Rejected(path, reason) for path, reason, _ in content["unknown_ratings"]],
-        [row for *_, row in content["unknown_ratings"]],
-        Counter(content["skipped"]),
-        content["unreadable"],
-    )

@@ -198,14 +198,14 @@ def join_groups(parts: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[
 
 
 def _stratify(index: MetadataIndex, rule: SplitRule) -> NDArray[np.uint8]:
-    """Ratings count as tags, as they do in training."""
+    """By the sidecars' tags, so that a correction moves no image; ratings count as tags, as they do in training."""
     check_fractions(rule.val_fraction, rule.calib_fraction, rule.test_fraction)
     num_tags = len(index.tag_names)
-    rated = index.ratings > 0
+    rated = index.sidecar_ratings > 0
     offsets = index.tag_offsets + np.concatenate([[0], np.cumsum(rated)])
     tags = np.empty(int(offsets[-1]), dtype=np.int64)
     last = offsets[1:][rated] - 1
-    tags[last] = num_tags + index.ratings[rated].astype(np.int64) - 1
+    tags[last] = num_tags + index.sidecar_ratings[rated].astype(np.int64) - 1
     others = np.ones(len(tags), dtype=np.bool_)
     others[last] = False
     tags[others] = index.tag_ids

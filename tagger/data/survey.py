@@ -146,7 +146,7 @@ def survey(
     read = sizes[:, 0] > 0
     width, height = sizes[read, 0].astype(np.float64), sizes[read, 1].astype(np.float64)
     counts = index.tag_counts()
-    order = np.lexsort((np.arange(len(counts)), -counts))
+    order = np.lexsort((np.arange(len(counts)), -counts))[: np.count_nonzero(counts)]
     names = Counter({FORMATS[number]: int(count) for number, count in enumerate(np.bincount(formats[formats >= 0]))})
     return Survey(
         roots=tuple(printable(root) for root in index.roots),
@@ -158,9 +158,9 @@ def survey(
         heights=_distribution(height, log=True),
         megapixels=_distribution(width * height / 1e6, log=True),
         aspect_ratios=_distribution(width / height, log=True),
-        tags_per_image=_distribution(np.diff(index.tag_offsets), log=False),
+        tags_per_image=_distribution(index.tag_lengths(), log=False),
         tag_counts=tuple((index.tag_names[tag], int(counts[tag])) for tag in order),
-        rare_tags={limit: int((counts < limit).sum()) for limit in (2, 5, 10, 50, 100)},
+        rare_tags={limit: int(((counts > 0) & (counts < limit)).sum()) for limit in (2, 5, 10, 50, 100)},
         co_occurring=_co_occurring(index, counts, order[:_CO_OCCURRING_AMONG]),
         ratings=index.rating_counts() | _unrated(index),
         problems=tuple(problems),
@@ -266,11 +266,11 @@ def _co_occurring(
     place[among] = np.arange(len(among))
     together = np.zeros((len(among), len(among)), dtype=np.float64)
     for start in range(0, len(index), _COUNT_CHUNK):
-        offsets = index.tag_offsets[start : start + _COUNT_CHUNK + 1]
-        tags = place[index.tag_ids[offsets[0] : offsets[-1]]]
-        owners = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[tags >= 0]
-        has = np.zeros((len(offsets) - 1, len(among)), dtype=np.float32)
-        has[owners, tags[tags >= 0]] = 1.0
+        rows = np.arange(start, min(start + _COUNT_CHUNK, len(index)))
+        numbers, owners = index.gather_tags(rows)
+        tags = place[numbers]
+        has = np.zeros((len(rows), len(among)), dtype=np.float32)
+        has[owners[tags >= 0], tags[tags >= 0]] = 1.0
         together += has.T @ has
     first, second = np.triu_indices(len(among), 1)
     pairs = together[first, second].astype(np.int64)

@@ -1,0 +1,322 @@
+"""From suspected labels that somebody accepted to lines of the journal, and back; with sidecars only where asked.
+
+A sidecar is written after its correction is in the journal and its first bytes are kept beside it, and restored before
+the journal says that it is undone: whenever the process is killed, what the journal says can be carried out. Refuses,
+one line each and before anything is written: what is not there, a tag that no image has, a sidecar that has changed.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tagger.data.correction_log import (
+    RATING_TAGS,
+    Action,
+    Change,
+    CorrectionLog,
+    LastTagError,
+    SidecarEdit,
+    WrittenSidecar,
+    change_tags,
+    state_of,
+    utc_now,
+)
+from tagger.data.corrections import RowFinder
+from tagger.data.index import MetadataIndex
+from tagger.data.pairs import SUFFIXES
+from tagger.data.scan import printable
+from tagger.data.sidecar import SidecarError, clean_tag
+from tagger.data.sidecar_edit import edit_sidecar
+from tagger.errors import InputError
+from tagger.files import FormatError, NewerFormatError, write_atomic
+from tagger.suspects import FORMAT_VERSION
+
+_ACTIONS: dict[str, Action] = {"missing": "add", "wrong": "remove"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An accepted line: `tag` is to be added to an image or removed. root, state: None where the line does not say."""
+
+    line: int
+    image: str
+    tag: str
+    action: Action
+    root: str | None
+    state: str | None
+
+
+@dataclass
+class MendingPlan:
+    """What is to be written, and what is not: lines that are needless, lines to look at, lines that are refused."""
+
+    changes: list[Change] = field(default_factory=list)
+    sidecars: dict[Path, bytes] = field(default_factory=dict)
+    originals: dict[str, bytes] = field(default_factory=dict)
+    needless: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def read_accepted(path: Path, *, everything: bool = False, above: float | None = None) -> list[Wanted]:
+    """The accepted lines of a file of suspects, with or without its header.
+
+    Accepted are lines with `"accept": true`; with `everything` all lines, with `above` those of at least that strength,
+    but never one with `"accept": false`. Raises FormatError.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"suspects {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    accepted: list[Wanted] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if number == 1 and "format_version" in entry:
+                _check_version(path, entry["format_version"])
+                continue
+            wanted = _wanted(number, entry)
+            accept = entry.get("accept")
+            if accept is not None and type(accept) is not bool:
+                raise ValueError(f'"accept" is {json.dumps(accept)}; write true or false')
+            chosen = everything or (above is not None and float(entry["strength"]) >= above)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, FormatError):
+                raise
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise FormatError(f"suspects {path} line {number} is not a suspect: {what}") from error
+        if accept or (chosen and accept is None):
+            accepted.append(wanted)
+    return accepted
+
+
+def plan_mending(
+    index: MetadataIndex,
+    log: CorrectionLog,
+    accepted: Sequence[Wanted],
+    *,
+    vocabulary: Collection[str] = (),
+    new_tags: bool = False,
+    even_if_changed: bool = False,
+    write_sidecars: bool = False,
+) -> MendingPlan:
+    """Look at every accepted line against the data set, corrected by `log` so far. Writes nothing.
+
+    vocabulary: tags that the model learns (empty: not known). new_tags: allow tags that no image has.
+    """
+    plan = MendingPlan()
+    finder = RowFinder(index)
+    counts = index.tag_counts()
+    known = {name for name, count in zip(index.tag_names, counts.tolist(), strict=True) if count} | RATING_TAGS.keys()
+    states: dict[int, tuple[tuple[str, ...], str | None]] = {}
+    changed_by_us: dict[tuple[str, str], set[str]] = {}
+    for change in log.changes.values():
+        changed_by_us.setdefault(change.key, set()).add(change.state)
+    for wanted in accepted:
+        where = f"line {wanted.line}: {printable(wanted.image)}"
+        row = finder.row_of(wanted.root, wanted.image)
+        if row is None:
+            plan.refused.append(f"{where}: no such image in the data set, or in several of its folders")
+            continue
+        root, image = index.locate(row)
+        state = state_of(index.sidecar_record(row))
+        key = str(index.roots[root]), image
+        if wanted.state not in {None, state} | changed_by_us.get(key, set()) and not even_if_changed:
+            plan.refused.append(f"{where}: its sidecar has changed since; evaluate again, or pass --even-if-changed")
+            continue
+        if row not in states:
+            record = index.record(row)
+            states[row] = record.tags, record.rating
+        before = states[row]
+        try:
+            after = change_tags(*before, wanted.action, wanted.tag)
+        except LastTagError as error:
+            plan.refused.append(f"{where}: {error}; take the image out of the data set instead")
+            continue
+        if after is None:
+            says = "has" if wanted.action == "add" else "does not have"
+            plan.needless.append(f"{where}: it {says} '{wanted.tag}' already")
+            continue
+        if wanted.tag not in known and not new_tags:
+            near = difflib.get_close_matches(wanted.tag, sorted(known), n=1)
+            hint = f", did you mean '{near[0]}'?" if near else ""
+            plan.refused.append(f"{where}: no image has the tag '{wanted.tag}'{hint}; --new-tags adds it as a new one")
+            continue
+        if vocabulary and wanted.tag not in vocabulary:
+            plan.notes.append(f"{where}: '{wanted.tag}' is not in the vocabulary; it corrects the data, not that model")
+        states[row] = after
+        plan.changes.append(
+            Change(
+                id=log.last_id + 1 + len(plan.changes),
+                time=utc_now(),
+                action=wanted.action,
+                tag=wanted.tag,
+                root=key[0],
+                image=image,
+                image_id=f"{int(index.image_ids[row]):016x}",
+                before=before,
+                state=state,
+            )
+        )
+    if write_sidecars:
+        _plan_sidecars(plan, log)
+    return plan
+
+
+def carry_out(plan: MendingPlan, log: CorrectionLog) -> None:
+    """Keep the sidecars' first bytes, write the journal, then the sidecars."""
+    for name, content in plan.originals.items():
+        write_atomic(log.originals / name, content)
+    log.append(plan.changes)
+    for path, content in plan.sidecars.items():
+        write_atomic(path, content)
+
+
+def undo(log: CorrectionLog, ids: Sequence[int], *, dry_run: bool = False) -> list[str]:
+    """Take corrections back, sidecars included; gives a line for each. Raises InputError, having written nothing.
+
+    A sidecar gets its first bytes again when its last correction is undone.
+    """
+    for number in ids:
+        if number not in log.changes:
+            raise InputError(f"there is no correction {number} in {log.path}; --list shows them")
+        if number in log.undone:
+            raise InputError(f"correction {number} is undone already, since {log.undone[number]}")
+    by_image: dict[tuple[str, str], list[int]] = {}
+    for number in dict.fromkeys(ids):
+        by_image.setdefault(log.changes[number].key, []).append(number)
+    restored = {key: _restored(log, key, numbers) for key, numbers in by_image.items()}
+    lines = [f"undone: {describe(log.changes[number])}" for number in dict.fromkeys(ids)]
+    if dry_run:
+        return lines
+    for key, numbers in by_image.items():
+        found = restored[key]
+        if found is None:
+            log.append_undo(numbers)
+            continue
+        path, content = found
+        write_atomic(path, content)
+        log.append_undo(numbers, _sha256(content))
+    return lines
+
+
+def describe(change: Change) -> str:
+    """A correction in one line."""
+    where = "; in its sidecar too" if change.sidecar is not None else ""
+    image = printable(f"{change.root}/{change.image}")
+    return f"{change.id}  {change.time}  {change.action} '{change.tag}'  {image}{where}"
+
+
+def _plan_sidecars(plan: MendingPlan, log: CorrectionLog) -> None:
+    """The bytes of each sidecar with its corrections; what cannot be written is refused."""
+    by_image: dict[tuple[str, str], list[int]] = {}
+    first_id = plan.changes[0].id if plan.changes else 0
+    refused: set[int] = set()
+    for place, change in enumerate(plan.changes):
+        by_image.setdefault(change.key, []).append(place)
+    for key, places in by_image.items():
+        name = printable(key[1])
+        try:
+            path = _sidecar_path(key)
+            found = path.read_bytes()
+            original, changes = _sha256(found), [plan.changes[place] for place in places]
+            held = log.sidecars.get(key)
+            first = found
+            if held is not None and original in (held.written, held.original):  # ours, or we were killed before writing
+                original, first = held.original, _original(log, held)
+                changes = [*(log.changes[number] for number in held.ids), *changes]
+            content = edit_sidecar(first, [(change.action, change.tag) for change in changes])
+        except (SidecarError, LastTagError, InputError) as error:
+            plan.refused.append(f"{name}: its sidecar cannot be written: {error}")
+            refused.update(places)
+            continue
+        if content == found:
+            reason = "the tag comes from another field, or from an earlier correction"
+            plan.refused.append(f"{name}: its sidecar cannot be written: {reason}")
+            refused.update(places)
+            continue
+        plan.originals[original] = first
+        plan.sidecars[path] = content
+        for place in places:
+            plan.changes[place] = replace(plan.changes[place], sidecar=SidecarEdit(original, _sha256(content)))
+    kept = [change for place, change in enumerate(plan.changes) if place not in refused]
+    plan.changes = [replace(change, id=number) for number, change in enumerate(kept, first_id)]
+
+
+def _restored(log: CorrectionLog, key: tuple[str, str], numbers: Sequence[int]) -> tuple[Path, bytes] | None:
+    """The sidecar of an image without some corrections; None where they were never written to it."""
+    written = [number for number in numbers if log.changes[number].sidecar is not None]
+    if not written:
+        return None
+    held = log.sidecars.get(key)
+    path = _sidecar_path(key)
+    if held is None or not set(written) <= set(held.ids):
+        raise InputError(_changed(path, written))
+    if _sha256(path.read_bytes()) not in (held.written, held.original):
+        raise InputError(_changed(path, written))
+    content = _original(log, held)
+    left = [log.changes[number] for number in held.ids if number not in written]
+    try:
+        return path, edit_sidecar(content, [(change.action, change.tag) for change in left])
+    except (SidecarError, LastTagError) as error:
+        raise InputError(f"{printable(path)} cannot be written without these corrections: {error}") from error
+
+
+def _original(log: CorrectionLog, held: WrittenSidecar) -> bytes:
+    path = log.originals / held.original
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}, a sidecar as it was, cannot be read: {error.strerror or error}") from error
+    if _sha256(content) != held.original:
+        raise InputError(f"{path} is damaged: its content is not that of its name; bring it back from a copy")
+    return content
+
+
+def _changed(path: Path, numbers: Sequence[int]) -> str:
+    listed = ", ".join(map(str, numbers))
+    return f"{printable(path)} has changed since corrections {listed} were written to it; mend it by hand"
+
+
+def _sidecar_path(key: tuple[str, str]) -> Path:
+    image = Path(key[0]) / key[1]
+    for suffix in SUFFIXES:
+        path = image.with_name(image.name[: image.name.rfind(".")] + suffix)
+        if path.is_file():
+            return path
+    raise InputError(f"{printable(image)} has no sidecar beside it")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_version(path: Path, version: object) -> None:
+    if type(version) is not int or version < 1:
+        raise ValueError(f"format_version {version!r} is not a number")
+    if version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"suspects {path} have format_version {version}, this program reads up to {FORMAT_VERSION}; "
+            "update the program"
+        )
+
+
+def _wanted(number: int, entry: dict[str, Any]) -> Wanted:
+    image, tag, kind = entry["image"], entry["tag"], entry["kind"]
+    for name in ("image", "tag"):
+        if not isinstance(entry[name], str) or not entry[name]:
+            raise TypeError(f"{name} {entry[name]!r} is not a text")
+    for name in ("root", "state"):
+        if not isinstance(entry.get(name, ""), str):
+            raise TypeError(f"{name} {entry[name]!r} is not a text")
+    if clean_tag(tag) != tag:
+        raise ValueError(f"tag {tag!r} has stray white space or control characters")
+    if kind not in _ACTIONS:
+        raise ValueError(f"kind {kind!r} is not known; write missing or wrong")
+    return Wanted(number, image, tag, _ACTIONS[kind], entry.get("root"), entry.get("state"))
