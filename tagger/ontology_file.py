@@ -13,8 +13,9 @@ outside of groups, a newer format_version, and a copy of ours that was changed.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -30,7 +31,22 @@ _EXAMPLES = {
     "exclusive": "- [day, night]",
     "flip_pairs": "- [waving_left, waving_right]",
 }
+_MAX_DEPTH = 3  # the file, a section, an entry
 _Loader = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A text, a list, or a table: of the latter, keys and values by turns."""
+
+    kind: Literal["text", "list", "table"]
+    line: int
+    text: str = ""
+    parts: list["_Node"] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> list[tuple["_Node", "_Node"]]:
+        return list(zip(self.parts[::2], self.parts[1::2], strict=True))
 
 
 @dataclass(frozen=True)
@@ -46,18 +62,18 @@ def read_ontology(path: Path) -> Ontology:
     """Read and check an ontology. Raises OntologyError, FormatError or NewerFormatError, each of one line."""
     name = f"ontology {path}"
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise OntologyError(f"{name} does not exist (looked in {Path.cwd()}); correct the path") from error
     except OSError as error:
         raise OntologyError(f"{name} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise OntologyError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    try:
+        return _read(_compose(text), name)
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise OntologyError(f"{name} is not valid YAML: {reason}; quote tags with special characters") from error
-    try:
-        return _read(root, name)
     except OntologyError as error:
         raise OntologyError(f"{name}: {error}") from error
 
@@ -71,20 +87,50 @@ def require_unchanged(given: Path, saved: Path) -> None:
         )
 
 
-def _read(root: yaml.Node | None, name: str) -> Ontology:
-    if not isinstance(root, yaml.MappingNode):
+def _compose(text: str) -> _Node | None:
+    """The tree of a document. Not `yaml.compose`, which recurses: a file of brackets would end the process."""
+    root: _Node | None = None
+    open_nodes: list[_Node] = []
+    for event in yaml.parse(text, Loader=_Loader):
+        line = 0 if event.start_mark is None else event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise _error(line, f"'*{event.anchor}' points to another place; write it out, or quote the tag")
+        if isinstance(event, yaml.CollectionEndEvent):
+            open_nodes.pop()
+            continue
+        if isinstance(event, yaml.ScalarEvent):
+            node = _Node("text", line, str(event.value))
+        elif isinstance(event, yaml.CollectionStartEvent):
+            node = _Node("table" if isinstance(event, yaml.MappingStartEvent) else "list", line)
+        else:
+            continue
+        if open_nodes:
+            open_nodes[-1].parts.append(node)
+        elif root is None:
+            root = node
+        else:
+            raise _error(line, "another document begins; an ontology is one")
+        if node.kind != "text":
+            open_nodes.append(node)
+        if len(open_nodes) > _MAX_DEPTH:
+            raise _error(line, "lists and tables are nested too deeply; a section holds entries, an entry tags")
+    return root
+
+
+def _read(root: _Node | None, name: str) -> Ontology:
+    if root is None or root.kind != "table":
         raise OntologyError(f"it has no sections; expected {', '.join(_SECTIONS)}, each optional")
     # First, since a newer file may have sections that are not known here.
-    _check_version(next((v for k, v in root.value if _text(k, "a section") == "format_version"), None), name)
-    sections: dict[str, yaml.Node] = {}
-    for key_node, value in root.value:
+    _check_version(next((v for k, v in root.pairs if _text(k, "a section") == "format_version"), None), name)
+    sections: dict[str, _Node] = {}
+    for key_node, value in root.pairs:
         key = _text(key_node, "a section")
         if key not in _KEYS:
             close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
             remedy = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(_KEYS)}"
-            raise _error(_line(key_node), f"unknown section '{key}'; {remedy}")
+            raise _error(key_node.line, f"unknown section '{key}'; {remedy}")
         if key in sections:
-            raise _error(_line(key_node), f"section '{key}' is there twice; join the two")
+            raise _error(key_node.line, f"section '{key}' is there twice; join the two")
         sections[key] = value
     aliases, implications = (_mapping(sections.get(key), key) for key in _SECTIONS[:2])
     exclusive, flip_pairs = (_groups(sections.get(key), key) for key in _SECTIONS[2:])
@@ -111,49 +157,49 @@ def _read(root: yaml.Node | None, name: str) -> Ontology:
     return ontology
 
 
-def _check_version(node: yaml.Node | None, name: str) -> None:
+def _check_version(node: _Node | None, name: str) -> None:
     if node is None:
         raise OntologyError(f"it has no format_version; begin it with format_version: {FORMAT_VERSION}")
     text = _text(node, "format_version")
     if not (text.isascii() and text.isdecimal() and int(text[:9]) > 0):
-        raise _error(_line(node), f"format_version is '{text}'; expected {FORMAT_VERSION}")
+        raise _error(node.line, f"format_version is '{text}'; expected {FORMAT_VERSION}")
     if int(text[:9]) > FORMAT_VERSION:
         raise NewerFormatError(
             f"{name} has format_version {text[:9]}, this program reads up to {FORMAT_VERSION}; update the program"
         )
 
 
-def _mapping(node: yaml.Node | None, section: str) -> list[_Entry]:
-    if _is_empty(node):
+def _mapping(node: _Node | None, section: str) -> list[_Entry]:
+    if node is None or (node.kind, node.text) == ("text", ""):
         return []
-    if not isinstance(node, yaml.MappingNode):
-        raise _error(_line(node), f"{section} is no table; write one entry a line, e.g. {_EXAMPLES[section]}")
+    if node.kind != "table":
+        raise _error(node.line, f"{section} is no table; write one entry a line, e.g. {_EXAMPLES[section]}")
     entries: dict[str, _Entry] = {}
-    for key_node, value in node.value:
-        tag, line = _tag(key_node, section), _line(key_node)
+    for key_node, value in node.pairs:
+        tag, line = _tag(key_node, section), key_node.line
         if tag in entries:
             raise _error(line, f"{section}: '{tag}' has an entry in line {entries[tag].line} already; keep one of them")
-        if isinstance(value, yaml.SequenceNode) and section == "implications":
-            tags = tuple(_tag(item, section) for item in value.value)
+        if value.kind == "list" and section == "implications":
+            tags = tuple(_tag(item, section) for item in value.parts)
         else:
             tags = (_tag(value, section),)
         entries[tag] = _Entry(line, tag, tags)
     return list(entries.values())
 
 
-def _groups(node: yaml.Node | None, section: str) -> list[_Entry]:
-    if _is_empty(node):
+def _groups(node: _Node | None, section: str) -> list[_Entry]:
+    if node is None or (node.kind, node.text) == ("text", ""):
         return []
-    if not isinstance(node, yaml.SequenceNode):
-        raise _error(_line(node), f"{section} is no list; write one group a line, e.g. {_EXAMPLES[section]}")
+    if node.kind != "list":
+        raise _error(node.line, f"{section} is no list; write one group a line, e.g. {_EXAMPLES[section]}")
     entries = []
-    for group in node.value:
-        tags = tuple(_tag(i, section) for i in group.value) if isinstance(group, yaml.SequenceNode) else ()
+    for group in node.parts:
+        tags = tuple(_tag(item, section) for item in group.parts) if group.kind == "list" else ()
         right = len(tags) == 2 if section == "flip_pairs" else len(tags) > 1
         if not right or len(set(tags)) < len(tags):
             what = "two different tags" if section == "flip_pairs" else "two or more different tags"
-            raise _error(_line(group), f"{section}: a group has {what}, e.g. {_EXAMPLES[section]}")
-        entries.append(_Entry(_line(group), tags[0], tags))
+            raise _error(group.line, f"{section}: a group has {what}, e.g. {_EXAMPLES[section]}")
+        entries.append(_Entry(group.line, tags[0], tags))
     return entries
 
 
@@ -216,28 +262,20 @@ def _check_pairs(flip_pairs: list[_Entry]) -> None:
             line_of[tag] = entry.line
 
 
-def _tag(node: yaml.Node, section: str) -> str:
+def _tag(node: _Node, section: str) -> str:
     tag = _text(node, f"{section}: an entry")
     if not tag or clean_tag(tag) != tag:
-        raise _error(_line(node), f"{section}: {tag!r} is not a tag; expected text without stray white space")
+        raise _error(node.line, f"{section}: {tag!r} is not a tag; expected text without stray white space")
     return tag
 
 
-def _text(node: yaml.Node, what: str) -> str:
-    if not isinstance(node, yaml.ScalarNode):
-        raise _error(_line(node), f"{what} is a list or a table; expected one text")
-    text = str(node.value)
+def _text(node: _Node, what: str) -> str:
+    if node.kind != "text":
+        raise _error(node.line, f"{what} is a list or a table; expected one text")
+    text = node.text
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _error(_line(node), f"{what} has half a character (\\u escapes in pairs); write the character itself")
+        raise _error(node.line, f"{what} has half a character (\\u escapes in pairs); write the character itself")
     return text
-
-
-def _is_empty(node: yaml.Node | None) -> bool:
-    return node is None or (isinstance(node, yaml.ScalarNode) and node.value == "")
-
-
-def _line(node: yaml.Node | None) -> int:
-    return 0 if node is None or node.start_mark is None else node.start_mark.line + 1
 
 
 def _error(line: int, message: str) -> OntologyError:

@@ -134,6 +134,9 @@ def test_the_hash_is_of_what_is_said_and_not_of_how(tmp_path: Path) -> None:
         ("flip_pairs:\n- [a, b]\n- [b, c]", r"line 4: flip_pairs: 'b' has a mirror in line 3 already"),
         ("aliases: {a: b", r"is not valid YAML: .* line 3.*; quote tags"),
         ('aliases: {a: "\\ud83d"}', r"not valid YAML|half a character"),
+        ("aliases: {a: &x b, c: *x}", r"line 2: '\*x' points to another place"),
+        ("aliases: {a: b}\n---\naliases: {a: b}", r"line 4: another document begins"),
+        ("exclusive: [[[a, b]]]", r"line 2: lists and tables are nested too deeply"),
         ("sha256: 00", r"does not match its sha256: it was changed"),
     ],
 )
