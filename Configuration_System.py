@@ -116,6 +116,7 @@ class VocabularySection:
     min_frequency: int = 50
     ignore_file: str | None = None
     categories_file: str | None = None
+    ontology_file: str | None = None
     ratings: Literal["tags", "ignore"] = "tags"
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ from tagger.data.sampler import RowSampler, hash_rows
 from tagger.data.shrink_cache import ShrinkCache
 from tagger.data.split import Part, Split, SplitRule, split_index
 from tagger.data.weighting import create_sampler
+from tagger.ontology import Ontology
 from tagger.preprocess import Preprocess
 from vocabulary import DEFAULT_INDEX_DIR, RATING_TAGS, TagVocabulary
 
@@ -45,12 +46,11 @@ logger = logging.getLogger(__name__)
 class _IndexedImages:
     """The rows of a metadata index with their tags as indices of one vocabulary. Safe to read from any thread."""
 
-    def __init__(self, index: MetadataIndex, vocabulary: TagVocabulary) -> None:
+    def __init__(self, index: MetadataIndex, vocabulary: TagVocabulary, ontology: Ontology | None = None) -> None:
         self.index = index
         self.vocabulary = vocabulary
-        numbers = [vocabulary.get(tag) for tag in index.tag_names]
-        ratings = [None, *(vocabulary.get(tag) for tag in RATING_TAGS)]
-        self.table = TagTable(index, _absent_as_minus_1(numbers), _absent_as_minus_1(ratings), len(vocabulary))
+        self.ontology = ontology
+        self.table = TagTable.create(index, vocabulary.get, RATING_TAGS, len(vocabulary), ontology)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -66,10 +66,6 @@ class _IndexedImages:
         return sizes
 
 
-def _absent_as_minus_1(numbers: list[int | None]) -> NDArray[np.int64]:
-    return np.array([-1 if number is None else number for number in numbers], dtype=np.int64)
-
-
 class SidecarJsonDataset(_IndexedImages):
     """Images in folders, searched recursively, each with a sidecar of the same stem beside it."""
 
@@ -81,11 +77,12 @@ class SidecarJsonDataset(_IndexedImages):
         extra_fields: Sequence[str] = (),
         index_dir: str | Path = DEFAULT_INDEX_DIR,
         index: MetadataIndex | None = None,
+        ontology: Ontology | None = None,
     ) -> None:
         """`index`, an open index of these roots, saves looking at every file again."""
         if index is None:
             index = open_index(roots, Path(index_dir), extra_fields=extra_fields)
-        super().__init__(index, vocabulary)
+        super().__init__(index, vocabulary, ontology)
 
 
 class DatasetLoader(_IndexedImages):
@@ -100,12 +97,13 @@ class DatasetLoader(_IndexedImages):
         extra_fields: Sequence[str] = (),
         index_dir: str | Path = DEFAULT_INDEX_DIR,
         index: MetadataIndex | None = None,
+        ontology: Ontology | None = None,
     ) -> None:
         """`index`, an open index of this file and folder, saves reading them again."""
         if index is None:
             path = Path(annotations)
             index = open_index([image_root], Path(index_dir), extra_fields=extra_fields, annotations=path)
-        super().__init__(index, vocabulary)
+        super().__init__(index, vocabulary, ontology)
 
 
 @dataclass(frozen=True)
@@ -429,10 +427,10 @@ def create_mirroring(section: OrientationSection, dataset: _IndexedImages, seed:
     if unknown := coin.unknown_stems(dataset.index.image_ids):
         message = "%d names in the never-flip and force-flip lists name no image, e.g. %s; a name has no suffix"
         logger.warning(message, len(unknown), ", ".join(unknown[:3]))
-    handler = OrientationHandler(section.map_path, section.mode)
+    handler = OrientationHandler(section.map_path, section.mode, dataset.ontology)
     table = handler.compile(dataset.vocabulary)
     logger.info("%s", table.summary())
-    return Mirroring(coin, table.mirror_of, handler.vetoes(dataset.index.tag_names, dataset.vocabulary) != 0)
+    return Mirroring(coin, table.mirror_of, handler.forbids(dataset.index.tag_names, dataset.vocabulary))
 
 
 def create_dataloaders(
@@ -441,18 +439,20 @@ def create_dataloaders(
     index: MetadataIndex | None = None,
     *,
     quarantine_file: Path | None = None,
+    ontology: Ontology | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """(training, validation) loaders of the configured data set; `index`, from `open_dataset`, saves a second scan.
 
     `quarantine_file` keeps what is known of broken images from one start of a run to the next; the caller owns it.
+    `ontology`, that of `vocabulary`, says which tags the tags of sidecars stand for.
     Raises InputError for a data set or a split that cannot be used.
     """
     data = config.data
     index = index if index is not None else open_dataset(data)
     dataset = (
-        SidecarJsonDataset(data.roots, vocabulary, index=index)
+        SidecarJsonDataset(data.roots, vocabulary, index=index, ontology=ontology)
         if data.annotations is None
-        else DatasetLoader(data.annotations, data.roots[0], vocabulary, index=index)
+        else DatasetLoader(data.annotations, data.roots[0], vocabulary, index=index, ontology=ontology)
     )
     split = split_dataset(data, index)
     on_cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()

@@ -15,9 +15,9 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from tagger.data.sidecar import clean_tag
 from tagger.errors import InputError
 from tagger.files import FormatError
 from tagger.mirror_rules import Rule, make_rule, rewrite
+from tagger.ontology import Ontology
 from tagger.rng import mix, stable_id, uniform
 from vocabulary import TagVocabulary
 
@@ -127,14 +128,22 @@ class MirrorTable:
 class OrientationHandler:
     """The rules of one orientation map in one mode. Immutable after construction, safe to share and to pickle."""
 
-    def __init__(self, map_path: str | Path | None = None, mode: str = "conservative") -> None:
-        """`map_path` None means the built-in left/right patterns alone. Raises OrientationError, FormatError."""
+    def __init__(
+        self, map_path: str | Path | None = None, mode: str = "conservative", ontology: Ontology | None = None
+    ) -> None:
+        """`map_path` None means the built-in left/right patterns alone; flip pairs of `ontology` join the map.
+
+        Raises OrientationError, FormatError, and OntologyError where mirroring breaks an implication.
+        """
         if mode not in MODES:
             raise OrientationError(f"orientation mode '{mode}' is unknown; use {', '.join(MODES)}")
         self.mode = mode
         self.map = OrientationMap() if map_path is None else read_orientation_map(Path(map_path))
+        self.ontology = Ontology() if ontology is None else ontology
+        self.map = _with_flip_pairs(self.map, self.ontology)
         for tag in sorted(self._probes()):
             self.mirror_tag(tag)
+        self.ontology.check_mirror(self.mirror_tag, self.blocks)
 
     def mirror_tag(self, tag: str) -> str:
         """The tag of the mirrored image. Raises OrientationError where mirroring twice would not give the tag back."""
@@ -188,6 +197,15 @@ class OrientationHandler:
         A rare `text` that the vocabulary dropped still forbids the mirror. Raises OrientationError as `mirror_tag`.
         """
         return np.array([self.veto(tag, vocabulary) for tag in tags], dtype=np.uint8)
+
+    def forbids(self, tags: Sequence[str], vocabulary: TagVocabulary) -> NDArray[np.bool_]:
+        """Whether each tag of an index forbids the mirror, [len(tags)] bool, by itself or by a tag that it implies.
+
+        Of an alias only `skip_flip_tags` counts; else it is as good as its tag. Raises OrientationError.
+        """
+        forbids = cache(lambda name: self.veto(name, vocabulary) is not Veto.NONE)
+        verdicts = (tag in self.map.skip or any(map(forbids, self.ontology.closed(tag))) for tag in tags)
+        return np.fromiter(verdicts, dtype=np.bool_, count=len(tags))
 
     def compile(self, vocabulary: TagVocabulary) -> MirrorTable:
         """Tables over the vocabulary. Raises OrientationError for a tag that mirroring twice would not give back."""
@@ -309,6 +327,20 @@ def read_orientation_map(path: Path) -> OrientationMap:
         return _parse_map(name, content)
     except OrientationError as error:
         raise OrientationError(f"{name}: {error}") from error
+
+
+def _with_flip_pairs(found: OrientationMap, ontology: Ontology) -> OrientationMap:
+    """The map with an ontology's flip pairs among its explicit mappings."""
+    explicit = dict(found.explicit)
+    for pair in ontology.flip_pairs:
+        for tag, mirrored in (pair, pair[::-1]):
+            other = tag if tag in found.symmetric else explicit.setdefault(tag, mirrored)
+            if other != mirrored:
+                raise OrientationError(
+                    f"{ontology.source}: flip_pairs: '{tag}' becomes '{mirrored}', but in {found.name} it becomes "
+                    f"'{other}'; keep one of them"
+                )
+    return replace(found, explicit=explicit)
 
 
 def _object_without_comments(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tagger.data.windows import windows_left
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
+from tagger.ontology_file import require_unchanged
 from tagger.run_folder import RunFolder
 from tagger.stop import StopRequest
 from tagger.transfer import find_initial_weights, start_from
@@ -130,6 +131,9 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         meter.load_state_dict(saved["meter"], device)
     manager.reserve(state)
     save_yaml(config, folder.config_path)
+    # Before the vocabulary, whose presence says that all there is of the tags' meaning is there.
+    if train_loader.dataset.ontology is not None:
+        train_loader.dataset.ontology.save(folder.ontology_path)
     vocabulary.save(folder.vocabulary_path)
     compile_model(model, training.compile, device)
     red, green, blue = config.data.background
@@ -173,6 +177,8 @@ def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, st
                 f"--init-from {folder.path}, which carries over the tags that both know"
             )
         logger.warning("changed since this run last started: %s", change)
+    if config.vocabulary.ontology_file is not None and folder.ontology_path.exists():
+        require_unchanged(Path(config.vocabulary.ontology_file), folder.ontology_path)
     loaded = manager.load(config.checkpoint.resume)
     if loaded is None:
         logger.warning("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)

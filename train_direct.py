@@ -223,6 +223,7 @@ def write_model(parts: Parts) -> None:
         model_config=parts.model.config.to_dict(),
         tags=[TagRow(name, category, count) for name, category, count in rows],
         vocabulary_file=parts.folder.vocabulary_path,
+        ontology_file=parts.folder.ontology_path if parts.validation_loader.dataset.ontology else None,
         preprocess_json=parts.validation_loader.preprocess.to_json(),
         metadata={
             "run": parts.folder.name,

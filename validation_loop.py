@@ -31,7 +31,7 @@ from tagger.logs import log_to_console
 from tagger.output import reader_may_leave
 from tagger.suspects import Suspects, write_suspects
 from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
-from vocabulary import TagVocabulary, configured_vocabulary, tag_shares
+from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_shares
 
 logger = logging.getLogger(__name__)
 
@@ -168,18 +168,21 @@ def open_data_and_model(
     of the images. `quarantine_file`: see `create_dataloaders`. Raises InputError for data that cannot be used.
     """
     index = open_dataset(config.data)
+    ontology = open_ontology(config.vocabulary, index, known_vocabulary)
     if known_vocabulary.exists():
         vocabulary = TagVocabulary.load(known_vocabulary)
     else:
-        vocabulary = configured_vocabulary(config.vocabulary, index)
-    train, validation = create_dataloaders(config, vocabulary, index, quarantine_file=quarantine_file)
+        vocabulary = configured_vocabulary(config.vocabulary, index, ontology)
+    train, validation = create_dataloaders(
+        config, vocabulary, index, quarantine_file=quarantine_file, ontology=ontology
+    )
     model = create_model(
         config.model,
         len(vocabulary),
         config.data.image_size,
         mean=train.preprocess.mean,
         std=train.preprocess.std,
-        tag_priors=torch.from_numpy(tag_shares(index, vocabulary)).float(),
+        tag_priors=torch.from_numpy(tag_shares(index, vocabulary, ontology)).float(),
     )
     return vocabulary, train, validation, model
 

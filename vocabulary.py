@@ -21,10 +21,13 @@ import orjson
 from numpy.typing import NDArray
 
 from Configuration_System import VocabularySection
+from tagger.data.closed_counts import closed_counts
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.sidecar import RATINGS, clean_tag
 from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
+from tagger.ontology import ONTOLOGY_FILE, Ontology
+from tagger.ontology_file import read_ontology
 
 FORMAT_VERSION = 1
 RATING_PREFIX = "rating:"
@@ -203,8 +206,11 @@ def build_vocabulary(
     ignore: Iterable[str] = (),
     ratings: Literal["tags", "ignore"] = "tags",
     categories: Mapping[str, str] | None = None,
+    ontology: Ontology | None = None,
 ) -> TagVocabulary:
     """The tags that at least `min_frequency` rows of the index carry, without those in `ignore`.
+
+    With an ontology a row carries canonical tags and what they imply, and an ignored alias is its tag ignored.
 
     With `ratings="tags"` each rating is a tag `rating:<word>`, unless all rated rows have the same one, which teaches
     nothing. Raises VocabularyError when no tag is left.
@@ -215,11 +221,11 @@ def build_vocabulary(
         raise VocabularyError(f"vocabulary.ratings={ratings!r} is not known; use tags or ignore")
     if isinstance(ignore, str):
         raise VocabularyError(f"ignore={ignore!r} is one text; give a list of tags, or read_ignore_file(path)")
-    counts = {tag: int(count) for tag, count in zip(index.tag_names, index.tag_counts(), strict=True)}
+    counts = _count_tags(index, ontology)
     if ratings == "tags":
         counts.update(_count_ratings(index))
     for tag in {clean_tag(tag) for tag in ignore}:
-        counts.pop(tag, None)
+        counts.pop(tag if ontology is None else ontology.canonical(tag), None)
     kept = {tag: count for tag, count in counts.items() if count >= min_frequency}
     if not kept:
         if not counts:
@@ -232,22 +238,49 @@ def build_vocabulary(
     return TagVocabulary.from_counts(kept, categories)
 
 
-def configured_vocabulary(section: VocabularySection, index: MetadataIndex) -> TagVocabulary:
+def open_ontology(section: VocabularySection, index: MetadataIndex, known_vocabulary: Path) -> Ontology | None:
+    """The ontology of a run: its own copy where it has a vocabulary, else the configured one; None without one.
+
+    `known_vocabulary` is where the run keeps its vocabulary. Raises OntologyError, FormatError.
+    """
+    own = known_vocabulary.with_name(ONTOLOGY_FILE)
+    configured = None if section.ontology_file is None else Path(section.ontology_file)
+    if known_vocabulary.exists() and not own.exists() and configured is not None:
+        raise FormatError(
+            f"vocabulary.ontology_file={configured}, but the run has no {own}: it began without one or lost its "
+            "copy; set it to null, put the copy back, or start a new run with --init-from"
+        )
+    path = configured if not known_vocabulary.exists() else own if own.exists() else None
+    ontology = None if path is None else read_ontology(path)
+    if ontology is not None:
+        _log.info("%s", ontology.describe(index.tag_names))
+    return ontology
+
+
+def configured_vocabulary(
+    section: VocabularySection, index: MetadataIndex, ontology: Ontology | None = None
+) -> TagVocabulary:
     """The vocabulary that a recipe asks for: `vocabulary.file` where it is set, else made from the index."""
     if section.file is not None:
-        return TagVocabulary.load(section.file)
+        vocabulary = TagVocabulary.load(section.file)
+        if ontology is not None:
+            ontology.require_canonical(vocabulary.tags, f"vocabulary.file: {section.file}")
+        return vocabulary
     return build_vocabulary(
         index,
         section.min_frequency,
         ignore=() if section.ignore_file is None else read_ignore_file(section.ignore_file),
         ratings=section.ratings,
         categories={} if section.categories_file is None else read_categories_file(section.categories_file),
+        ontology=ontology,
     )
 
 
-def tag_shares(index: MetadataIndex, vocabulary: TagVocabulary) -> NDArray[np.float64]:
+def tag_shares(
+    index: MetadataIndex, vocabulary: TagVocabulary, ontology: Ontology | None = None
+) -> NDArray[np.float64]:
     """Share of the index's images that carry each tag, [C] 0..1, whatever data the vocabulary was made from."""
-    counts = dict(zip(index.tag_names, index.tag_counts().tolist(), strict=True))
+    counts = _count_tags(index, ontology)
     counts |= {RATING_PREFIX + rating: count for rating, count in index.rating_counts().items()}
     return np.array([counts.get(tag, 0) for tag in vocabulary.tags], dtype=np.float64) / len(index)
 
@@ -282,6 +315,12 @@ def read_categories_file(path: Path | str) -> dict[str, str]:
         if table.setdefault(name, category) != category:
             raise VocabularyError(f"{where}: '{name}' is {category} here and {table[name]} before; keep one")
     return table
+
+
+def _count_tags(index: MetadataIndex, ontology: Ontology | None) -> dict[str, int]:
+    if ontology is not None:
+        return closed_counts(index, ontology)
+    return dict(zip(index.tag_names, index.tag_counts().tolist(), strict=True))
 
 
 def _count_ratings(index: MetadataIndex) -> dict[str, int]:
@@ -353,6 +392,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ratings", choices=("tags", "ignore"), default="tags", help="default: tags")
     parser.add_argument("--categories-file", type=Path, metavar="FILE", help="CSV table name,category")
+    parser.add_argument("--ontology-file", type=Path, metavar="FILE", help="YAML with aliases and implications")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or JSON Lines file instead of sidecars")
     parser.add_argument("--corrections", type=Path, metavar="FILE", help="journal of corrected tags to lay over them")
     parser.add_argument("--index-dir", type=Path, default=DEFAULT_INDEX_DIR, metavar="DIR", help="default: %(default)s")
@@ -371,18 +411,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             annotations=options.annotations,
             corrections=options.corrections,
         )
+        ontology = read_ontology(options.ontology_file) if options.ontology_file else None
         vocabulary = build_vocabulary(
             index,
             options.min_frequency,
             read_ignore_file(options.ignore_file) if options.ignore_file else (),
             options.ratings,
             read_categories_file(options.categories_file) if options.categories_file else None,
+            ontology,
         )
         vocabulary.save(options.output)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for line in index.report():
+    for line in (*index.report(), *([ontology.describe(index.tag_names)] if ontology else [])):
         print(line)
     groups = {name: vocabulary.categories.count(name) for name in dict.fromkeys(vocabulary.categories)}
     print(f"{len(vocabulary):,} tags ({', '.join(f'{count:,} {name}' for name, count in groups.items())})")

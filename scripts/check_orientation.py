@@ -15,6 +15,8 @@ import orjson
 from Configuration_System import FullConfig, OrientationSection
 from orientation_handler import MODES, OrientationHandler, Veto
 from tagger.config_io import compose, read_recipe
+from tagger.ontology import ONTOLOGY_FILE, Ontology
+from tagger.ontology_file import read_ontology
 from tagger.output import reader_may_leave
 from vocabulary import TagVocabulary
 
@@ -144,14 +146,15 @@ def _lines(found: OrientationReport) -> list[str]:
     return lines
 
 
-def _settings_of(source: Path) -> tuple[Path, OrientationSection]:
-    """The vocabulary file of `source`, and the settings of the run if it is one."""
+def _settings_of(source: Path) -> tuple[Path, OrientationSection, Ontology | None]:
+    """The vocabulary file of `source`, and the settings and the ontology of the run if it is one."""
     if not source.is_dir():
-        return source, OrientationSection()
+        return source, OrientationSection(), None
     recipe = source / "config.yaml"
     # Not load_config: a run's file is resolved, and this shell's environment has no say in what that run did.
     section = compose(FullConfig, read_recipe(recipe)).tree.orientation if recipe.is_file() else OrientationSection()
-    return source / "vocabulary.json", section
+    ontology = source / ONTOLOGY_FILE
+    return source / "vocabulary.json", section, read_ontology(ontology) if ontology.exists() else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,9 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     try:
-        vocabulary_path, section = _settings_of(arguments.source)
+        vocabulary_path, section, ontology = _settings_of(arguments.source)
         map_path = section.map_path if arguments.map is None else arguments.map
-        handler = OrientationHandler(None if map_path == NO_MAP else map_path, arguments.mode or section.mode)
+        map_path = None if map_path == NO_MAP else map_path
+        handler = OrientationHandler(map_path, arguments.mode or section.mode, ontology)
         found = report(handler, TagVocabulary.load(vocabulary_path))
     except (ValueError, OSError) as error:
         print(f"check_orientation: {error}", file=sys.stderr)

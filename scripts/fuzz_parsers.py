@@ -23,6 +23,8 @@ from tagger.data.decode import DecodeError, DecodeOptions, decode
 from tagger.data.headers import HeaderError, parse_header
 from tagger.data.sidecar import SidecarError, parse_extra_fields, parse_sidecar
 from tagger.files import FormatError
+from tagger.ontology import OntologyError, relate
+from tagger.ontology_file import read_ontology
 from vocabulary import TagVocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +69,15 @@ def fuzz_orientation(content: bytes) -> None:
         return
 
 
+def fuzz_ontology(content: bytes) -> None:
+    """Any bytes are an ontology, which closes every one of its tags, or one of its two errors."""
+    try:
+        ontology = read_ontology(_as_file(content, "ontology.yaml"))
+    except (FormatError, OntologyError):
+        return
+    relate(ontology, sorted(ontology.tags - ontology.aliases.keys()))
+
+
 def fuzz_image(content: bytes) -> None:
     """Any bytes are an image, whose pixels have the size that its header says, or one of the declared errors."""
     try:
@@ -86,6 +97,7 @@ PARSERS: dict[str, Callable[[bytes], None]] = {
     "sidecar": fuzz_sidecar,
     "vocabulary": fuzz_vocabulary,
     "orientation": fuzz_orientation,
+    "ontology": fuzz_ontology,
     "image": fuzz_image,
 }
 
@@ -111,6 +123,12 @@ def seeds(parser: str) -> list[bytes]:
                     "complex_asymmetric_tags": ["sash"],
                 }
             )
+        ]
+    if parser == "ontology":
+        return [
+            b"format_version: 1\naliases: {kitty: cat}\nimplications:\n  tabby: [cat, striped]\n  cat: animal\n"
+            b"exclusive:\n- [day, night]\nflip_pairs: [[waving_left, waving_right]]\n",
+            b'{"format_version": 1, "aliases": {"a": "b"}, "implications": {"b": ["c"]}}',
         ]
     path = _as_file(b"", "vocabulary.json")
     TagVocabulary(["rating:general", "ball"], [3, 2], ["rating", "general"]).save(path)

@@ -71,7 +71,8 @@ def tag_images(options: argparse.Namespace) -> int:
         raise InputError(f"no images found in {', '.join(printable(place) for place in options.images)}")
     artifact = load_artifact(find_model(options.model))
     model = create_model(VisionTransformerConfig.from_dict(artifact.model_config))
-    tagger = Tagger(model, artifact, resolve_device(options.device), options.batch_size)
+    device = resolve_device(options.device)
+    tagger = Tagger(model, artifact, device, options.batch_size, closure=options.closure)
     cards: list[Card] = []
     num_unreadable = 0
     for outcome in tagger.predict(paths, options.threshold, options.top):
@@ -103,6 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line: path, tags with name and score")
     parser.add_argument("--threshold", type=float, metavar="P", help="lowest score shown, 0..1 (default: the model's)")
+    parser.add_argument(
+        "--closure", action="store_true", help="raise each tag to the score of tags that imply it (model's ontology)"
+    )
     parser.add_argument("--top", type=int, metavar="K", help="at most K tags an image")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (default: 16)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")

@@ -19,6 +19,7 @@ from tagger.data.decode import DecodeError, DecodeOptions, decode
 from tagger.data.scan import image_suffixes, printable
 from tagger.errors import InputError
 from tagger.module_state import load_tensors, named_tensors
+from tagger.ontology import TagRelations, close_up, relate
 
 DEFAULT_MAX_PIXELS = 200_000_000
 _DECODING_THREADS = 4
@@ -73,7 +74,9 @@ class Tagger:
         batch_size: int = 16,
         *,
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        closure: bool = False,
     ) -> None:
+        """`closure`: no tag's probability is below that of a tag which implies it, by the model's ontology."""
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is below 1; use the number of images at a time, e.g. 16")
         load_tensors(named_tensors(model), artifact.weights, f"the weights in {artifact.folder}")
@@ -86,6 +89,7 @@ class Tagger:
         # Images of one shape go through the model together: with many shapes, more are held to find companions.
         self._num_held = batch_size * (_HELD_BATCHES if artifact.preprocess.shapes else 1)
         ratings = [index for index, tag in enumerate(artifact.tags) if tag.category == "rating"]
+        self._relations = self._find_relations() if closure else None
         self._exclusive = ratings if artifact.metadata.get("exclusive_ratings", False) else []
 
     def predict(
@@ -151,7 +155,16 @@ class Tagger:
             if self._exclusive:
                 scores[:, self._exclusive] = logits[:, self._exclusive].softmax(dim=1)
         array: NDArray[np.float32] = scores.cpu().numpy()
-        return array
+        return array if self._relations is None else close_up(array, self._relations)
+
+    def _find_relations(self) -> TagRelations:
+        artifact = self._artifact
+        if artifact.ontology is None:
+            raise InputError(
+                f"{artifact.folder} has no ontology, so nothing is known of what its tags imply; leave closure off, "
+                "or train with vocabulary.ontology_file"
+            )
+        return relate(artifact.ontology, [tag.name for tag in artifact.tags])
 
     def _select(self, scores: NDArray[np.float32], threshold: float, top: int | None) -> tuple[ScoredTag, ...]:
         chosen = scores >= threshold

@@ -19,6 +19,7 @@ from tagger.endings import Status
 from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 from tagger.logs import RunLogHandler
+from tagger.ontology import ONTOLOGY_FILE
 from tagger.run_lock import FolderLock, LockedError, is_held
 
 FORMAT_VERSION = 1
@@ -163,6 +164,11 @@ class RunFolder:
     def vocabulary_path(self) -> Path:
         """The tags in the order of the model's outputs."""
         return self.path / "vocabulary.json"
+
+    @property
+    def ontology_path(self) -> Path:
+        """What the tags mean to each other; only where the run was given an ontology."""
+        return self.path / ONTOLOGY_FILE
 
     @property
     def quarantine_path(self) -> Path:

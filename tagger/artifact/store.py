@@ -5,6 +5,7 @@
     vocabulary.json     the tags in the order of the outputs
     preprocess.json     how an image becomes the model's input
     selected_tags.csv   the tags for other programs; not read here
+    ontology.json       what the tags mean to each other; only where the run was given an ontology
 
 Refuses a folder whose parts were exchanged, changed or damaged after they were written, and one of a newer version.
 """
@@ -29,6 +30,8 @@ from tagger.checkpoint.format import write_tensors
 from tagger.checkpoint.writer import fsync_folder
 from tagger.files import FormatError, read_json
 from tagger.module_state import clean_name
+from tagger.ontology import ONTOLOGY_FILE, Ontology
+from tagger.ontology_file import read_ontology
 from tagger.preprocess import Preprocess
 
 FORMAT_VERSION = 1
@@ -69,6 +72,7 @@ class Artifact:
     vocabulary_sha256: str
     preprocess: Preprocess
     metadata: ArtifactMetadata
+    ontology: Ontology | None = None
 
     @property
     def threshold(self) -> float:
@@ -85,6 +89,7 @@ def save_artifact(
     vocabulary_file: Path,
     preprocess_json: Mapping[str, object],
     metadata: ArtifactMetadata,
+    ontology_file: Path | None = None,
 ) -> None:
     """Write a model folder, replacing an older one; a reader finds the old model or the new one.
 
@@ -103,6 +108,8 @@ def save_artifact(
             PREPROCESS_FILE: _write(temporary / PREPROCESS_FILE, _json(preprocess_json)),
             TABLE_FILE: _write(temporary / TABLE_FILE, tags_table(tags)),
         }
+        if ontology_file is not None:
+            hashes[ONTOLOGY_FILE] = _write(temporary / ONTOLOGY_FILE, ontology_file.read_bytes())
         config = {
             "format_version": FORMAT_VERSION,
             "architecture": ARCHITECTURE,
@@ -127,7 +134,9 @@ def load_artifact(folder: Path) -> Artifact:
         folder = older
     config = read_json(folder / CONFIG_FILE, "model configuration", FORMAT_VERSION)
     try:
-        hashes = {name: str(config["files_sha256"][name]) for name in _HASHED}
+        written = config["files_sha256"]
+        parts = (*_HASHED, ONTOLOGY_FILE) if ONTOLOGY_FILE in written else _HASHED
+        hashes = {name: str(written[name]) for name in parts}
         model_config = dict(config["model_args"])
         num_classes = int(config["num_classes"])
         architecture = str(config["architecture"])
@@ -154,6 +163,7 @@ def load_artifact(folder: Path) -> Artifact:
         vocabulary_sha256=metadata["vocabulary_sha256"],
         preprocess=Preprocess.load(folder / PREPROCESS_FILE),
         metadata=metadata,
+        ontology=read_ontology(folder / ONTOLOGY_FILE) if ONTOLOGY_FILE in hashes else None,
     )
 
 

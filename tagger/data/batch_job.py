@@ -6,6 +6,7 @@ AssertionError, to touch a row that is held out.
 """
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -24,6 +25,7 @@ from tagger.data.quarantine_log import KnownBad
 from tagger.data.ragged import pack
 from tagger.data.sampler import RowSampler
 from tagger.data.scan import printable
+from tagger.ontology import Expansion, Ontology, expand
 from tagger.preprocess import Preprocess
 
 Rows = NDArray[np.int64]
@@ -46,17 +48,44 @@ class TagTable:
     """The tags of an index's rows as indices of one vocabulary. Safe to read from any thread.
 
     index_of: int64 by the index's own tag number, -1 where the vocabulary lacks the tag. index_of_rating: int64 by the
-    index's rating code, likewise. num_tags: length of the vocabulary.
+    index's rating code, likewise. num_tags: length of the vocabulary. expansion: with an ontology, the indices that
+    each of the index's own tags stands for, in place of `index_of`.
     """
 
     index: MetadataIndex
     index_of: NDArray[np.int64]
     index_of_rating: NDArray[np.int64]
     num_tags: int
+    expansion: Expansion | None = None
+
+    @classmethod
+    def create(
+        cls,
+        index: MetadataIndex,
+        number_of: Callable[[str], int | None],
+        rating_tags: Sequence[str],
+        num_tags: int,
+        ontology: Ontology | None = None,
+    ) -> "TagTable":
+        """The table of a vocabulary that numbers tags by `number_of`; `rating_tags` in the order of rating codes."""
+        numbers = np.array([_or_minus_1(number_of(tag)) for tag in index.tag_names], dtype=np.int64)
+        ratings = np.array([-1, *(_or_minus_1(number_of(tag)) for tag in rating_tags)], dtype=np.int64)
+        expansion = None if ontology is None else expand(ontology, index.tag_names, number_of)
+        return cls(index, numbers, ratings, num_tags, expansion)
 
     def own_tags(self, rows: Rows) -> tuple[Rows, Rows]:
         """The index's own tag numbers of rows, in vocabulary or not: (numbers [T], place of each in `rows` [T])."""
         return self.index.gather_tags(rows)
+
+    def known_tags(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The vocabulary's tags of rows, ratings aside: (indices [T], place of each in `rows` [T]); some may repeat."""
+        numbers, places = self.own_tags(rows)
+        if self.expansion is not None:
+            tags, sources = gather(self.expansion.offsets, self.expansion.values, numbers)
+            return tags, places[sources]
+        tags = self.index_of[numbers]
+        known = tags >= 0
+        return tags[known], places[known]
 
     def tags(
         self, rows: Rows, mirrored: Flags, mirror_of: NDArray[np.int32] | None
@@ -65,14 +94,17 @@ class TagTable:
 
         mirrored: bool [N]; where true, each tag is replaced through `mirror_of`, int32 [C].
         """
-        numbers, places = self.own_tags(rows)
-        tags = np.concatenate([self.index_of[numbers], self.index_of_rating[self.index.ratings[rows]]])
-        places = np.concatenate([places, np.arange(len(rows))])
-        known = tags >= 0
-        tags, places = tags[known], places[known]
+        tags, places = self.known_tags(rows)
+        ratings = self.index_of_rating[self.index.ratings[rows]]
+        rated = np.flatnonzero(ratings >= 0)
+        tags, places = np.concatenate([tags, ratings[rated]]), np.concatenate([places, rated])
         if mirror_of is not None:
             tags = np.where(mirrored[places], mirror_of[tags], tags)
         return pack(tags, places, len(rows), self.num_tags)
+
+
+def _or_minus_1(number: int | None) -> int:
+    return -1 if number is None else number
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,11 @@ class TaggedRows(Protocol):
     """The tags of an index's rows."""
 
     @property
-    def index_of(self) -> NDArray[np.int64]:
-        """Vocabulary index by the index's own tag number, -1 where the vocabulary lacks the tag."""
-
-    @property
     def num_tags(self) -> int:
         """Length of the vocabulary."""
 
-    def own_tags(self, rows: Rows) -> tuple[Rows, Rows]:
-        """The index's own tag numbers of rows: (numbers [T], place of each in `rows` [T])."""
+    def known_tags(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The vocabulary's tags of rows: (indices [T], place of each in `rows` [T]); some may repeat."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +142,8 @@ def _tag_counts(table: TaggedRows, rows: NDArray[np.integer]) -> Rows:
 def _tags_of(table: TaggedRows, rows: NDArray[np.integer]) -> Iterator[tuple[Rows, Rows]]:
     """The vocabulary's tags of the rows, some rows at a time: (tags [T], the place in `rows` of each [T])."""
     for start in range(0, len(rows), _CHUNK):
-        numbers, places = table.own_tags(rows[start : start + _CHUNK].astype(np.int64))
-        tags = table.index_of[numbers]
-        known = tags >= 0
+        tags, places = table.known_tags(rows[start : start + _CHUNK].astype(np.int64))
         # Two of an index's tags may be one of the vocabulary's, and an image counts once.
-        pairs = np.unique(places[known] * table.num_tags + tags[known])
+        pairs = np.unique(places * table.num_tags + tags)
         places, tags = np.divmod(pairs, table.num_tags)
         yield tags, places + start

@@ -60,14 +60,14 @@ def test_damaged_files_have_an_answer(parser: str, data: st.DataObject) -> None:
     PARSERS[parser](bytes(content))
 
 
-@pytest.mark.parametrize("parser", ["sidecar", "vocabulary", "orientation"])
+@pytest.mark.parametrize("parser", ["sidecar", "vocabulary", "orientation", "ontology"])
 @FAST
 @given(content=JSON)
 def test_json_of_the_wrong_form_has_an_answer(parser: str, content: bytes) -> None:
     PARSERS[parser](content)
 
 
-@pytest.mark.parametrize("parser", ["sidecar", "vocabulary", "orientation"])
+@pytest.mark.parametrize("parser", ["sidecar", "vocabulary", "orientation", "ontology"])
 @pytest.mark.parametrize("opening", [b"[", b'{"tags":', b'{"format_version":1,"explicit_mappings":'])
 def test_depth_has_an_answer(parser: str, opening: bytes) -> None:
     PARSERS[parser](opening * 100_000)
@@ -76,7 +76,8 @@ def test_depth_has_an_answer(parser: str, opening: bytes) -> None:
 def test_an_unknown_parser_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sidecars"]) == 2
     assert (
-        capsys.readouterr().err == "no parser is called 'sidecars'; there are sidecar, vocabulary, orientation, image\n"
+        capsys.readouterr().err
+        == "no parser is called 'sidecars'; there are sidecar, vocabulary, orientation, ontology, image\n"
     )
 
 

@@ -16,13 +16,15 @@ class Tags:
 
     def __init__(self, lists: list[list[int]], num_tags: int) -> None:
         self.num_tags = num_tags
-        self.index_of = np.full(2 * num_tags + 2, -1, dtype=np.int64)
-        self.index_of[1 : 2 * num_tags : 2] = np.arange(num_tags)
+        self._index_of = np.full(2 * num_tags + 2, -1, dtype=np.int64)
+        self._index_of[1 : 2 * num_tags : 2] = np.arange(num_tags)
         self._values = np.array([2 * tag + 1 for tags in lists for tag in tags], dtype=np.uint16)
         self._offsets = np.concatenate([[0], np.cumsum([len(tags) for tags in lists])]).astype(np.int64)
 
-    def own_tags(self, rows):
-        return gather(self._offsets, self._values, rows)
+    def known_tags(self, rows):
+        numbers, places = gather(self._offsets, self._values, rows)
+        tags = self._index_of[numbers]
+        return tags[tags >= 0], places[tags >= 0]
 
 
 # Tag 0 on every row but the last two, tag 1 on every fourth, tag 2 on one; number 3 is not in the vocabulary.
