@@ -22,7 +22,7 @@ from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex
 from tagger.data.quarantine import SYSTEM_CLOCK, Clock, Refusal, UndecodableFile, retry_transient
 from tagger.data.quarantine_log import KnownBad
-from tagger.data.ragged import pack
+from tagger.data.ragged import gather, pack
 from tagger.data.sampler import RowSampler
 from tagger.data.scan import printable
 from tagger.ontology import Expansion, Ontology, expand

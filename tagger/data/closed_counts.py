@@ -41,7 +41,7 @@ def _count_rows(index: MetadataIndex, expansion: Expansion, num_names: int) -> n
     leads_somewhere = np.diff(expansion.offsets) > 0
     for start in range(0, len(index), _ROWS_AT_A_TIME):
         rows = np.arange(start, min(start + _ROWS_AT_A_TIME, len(index)))
-        tags, places = gather(index.tag_offsets, index.tag_ids, rows)
+        tags, places = index.gather_tags(rows)
         useful = leads_somewhere[tags]
         names, sources = gather(expansion.offsets, expansion.values, tags[useful])
         pairs = np.unique(places[useful][sources] * num_names + names)
