@@ -29,8 +29,8 @@ _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 256, 8192
 # Below this many images sorting a tag's keys is quicker than going over a table of 65,536 counts.
 _SORTED_BELOW = 16_384
 # Images counted together on the host: a tag's table is in the cache for all of its keys. 164 MB at 20,000 tags.
-_COUNTED_TOGETHER = 4096
-_TABLES_AT_A_TIME = 32
+COUNTED_TOGETHER = 4096
+TABLES_AT_A_TIME = 32
 _KEYS_AT_A_TIME = 1 << 20
 _INDEX_BYTES_ON_DEVICE = 256 << 20
 # Images whose keys are kept beside histograms: 164 MB at 20,000 tags.
@@ -113,7 +113,7 @@ class StoredKeys:
                 yield from (_nonzero(table) for table in _tables(columns).numpy())
 
     def _tags_at_a_time(self) -> int:
-        return max(1, min(_TABLES_AT_A_TIME, _KEYS_AT_A_TIME // max(1, self.num_images)))
+        return max(1, min(TABLES_AT_A_TIME, _KEYS_AT_A_TIME // max(1, self.num_images)))
 
     def _write(self, columns: Keys) -> None:
         while columns.shape[1]:
@@ -154,7 +154,7 @@ class KeyHistograms:
             return
         self._buffer.add(keys)
         self._buffered += len(keys)
-        if self._buffered >= _COUNTED_TOGETHER:
+        if self._buffered >= COUNTED_TOGETHER:
             self._flush()
 
     def add_columns(self, columns: Keys) -> None:
@@ -178,15 +178,15 @@ class KeyHistograms:
         """See `StoredKeys.counts_from`."""
         found = np.empty(len(wanted), np.int64)
         tables = self.tables()
-        for tags, part in _runs(wanted, _TABLES_AT_A_TIME):
+        for tags, part in _runs(wanted, TABLES_AT_A_TIME):
             found[part] = _table_counts_from(tables[_as_slice(tags)], wanted[part] - int(tags[0]) * NUM_KEYS)
         return found
 
     def distinct(self, tags: npt.NDArray[np.integer]) -> Iterator[tuple[Keys, Counts]]:
         """See `StoredKeys.distinct`."""
         tables = self.tables()
-        for start in range(0, len(tags), _TABLES_AT_A_TIME):
-            chunk = tags[start : start + _TABLES_AT_A_TIME]
+        for start in range(0, len(tags), TABLES_AT_A_TIME):
+            chunk = tags[start : start + TABLES_AT_A_TIME]
             index = torch.from_numpy(chunk.astype(np.int64)).to(tables.device)
             yield from (_nonzero(table) for table in tables[index].cpu().numpy())
 
