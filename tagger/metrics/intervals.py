@@ -130,7 +130,8 @@ def image_influence(
 
     Over all images it sums to 0, and its squares to mAP's variance.
     """
-    places, columns = scored.store.sample(size)
+    sample = scored.store.sample(size)
+    places = sample.places
     codes, images = scored.positives_by_image()
     position = np.full(scored.num_images, -1)
     position[places] = np.arange(len(places))
@@ -141,20 +142,21 @@ def image_influence(
     bounds = np.searchsorted(ranked.tags, np.arange(scored.num_tags + 1))
     # What an image below a positive does not change, one at or above it does: sums over the positives up to a key.
     for_hits = ranked.times / ranked.counts_from
-    for_counts = for_hits * ranked.precision
+    precision = ranked.precision
+    for_counts = for_hits * precision
     influence = np.zeros(len(places))
-    for tag in np.flatnonzero(ranked.present).tolist():
-        part = slice(bounds[tag], bounds[tag + 1])
-        cells = (ranked.codes[part] % NUM_KEYS).astype(np.int64)
-        table = np.repeat(
-            np.concatenate([[0.0], np.cumsum(for_counts[part])]), np.diff(cells, prepend=0, append=NUM_KEYS)
-        )
-        change = -table[columns[tag].astype(np.int64) + KEY_OFFSET]
-        own = slice(own_bounds[tag], own_bounds[tag + 1])
-        place = np.searchsorted(ranked.codes[part], codes[own])
-        gain = ranked.precision[part] - ranked.average_precision[tag] + np.cumsum(for_hits[part])
-        change[images[own]] += gain[place]
-        influence += change / ranked.present[tag]
+    with_positives = np.flatnonzero(ranked.present)
+    for start in range(0, len(with_positives), _TAGS_AT_A_TIME):
+        tags = with_positives[start : start + _TAGS_AT_A_TIME]
+        for tag, keys in zip(tags.tolist(), sample.columns(tags), strict=True):
+            part, own = slice(bounds[tag], bounds[tag + 1]), slice(own_bounds[tag], own_bounds[tag + 1])
+            cells = ranked.codes[part] % NUM_KEYS
+            sums = np.concatenate([[0.0], np.cumsum(for_counts[part])])
+            table = np.repeat(sums, np.diff(cells, prepend=0, append=NUM_KEYS))
+            change = -table[keys.astype(np.int64) + KEY_OFFSET]
+            gain = precision[part] - ranked.average_precision[tag] + np.cumsum(for_hits[part])
+            change[images[own]] += gain[np.searchsorted(ranked.codes[part], codes[own])]
+            influence += change / ranked.present[tag]
     return places, influence / np.count_nonzero(ranked.present)
 
 

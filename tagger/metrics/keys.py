@@ -33,12 +33,18 @@ def to_keys(logits: Tensor) -> Tensor:
 def to_keys_unchecked(logits: Tensor) -> Tensor:
     """As `to_keys`, without a wait for the device; a NaN becomes a key at an end of the range."""
     bits = logits.detach().to(torch.float16, copy=True, memory_format=torch.contiguous_format).view(torch.int16)
+    # On a CPU numpy's view of the same memory: these passes are too short to be worth waking torch's threads.
+    _from_bits(bits.numpy() if bits.device.type == "cpu" else bits)
+    return bits
+
+
+def _from_bits(bits: Tensor | Keys) -> None:
+    """Make float16 bits into keys, in place."""
     sign = bits >> 15
     bits &= 0x7FFF
-    bits.clamp_(max=MAX_KEY)
+    bits.clip(max=MAX_KEY, out=bits) if isinstance(bits, np.ndarray) else bits.clamp_(max=MAX_KEY)
     bits ^= sign
     bits -= sign
-    return bits
 
 
 def refuse_nan(logits: Tensor) -> None:

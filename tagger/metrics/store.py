@@ -6,7 +6,8 @@ is computed from them is the same to the last bit. `ScoreStore` starts with stor
 those become the smaller, which is beyond 131,072 images. Refuses nothing: keys are checked where they are made.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,9 @@ _BLOCK_BYTES = 64 << 20
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 256, 8192
 # Below this many images sorting a tag's keys is quicker than going over a table of 65,536 counts.
 _SORTED_BELOW = 16_384
-_TABLES_AT_A_TIME = 32
+# Images counted together on the host: a tag's table is in the cache for all of its keys. 164 MB at 20,000 tags.
+COUNTED_TOGETHER = 4096
+TABLES_AT_A_TIME = 32
 _KEYS_AT_A_TIME = 1 << 20
 _INDEX_BYTES_ON_DEVICE = 256 << 20
 # Images whose keys are kept beside histograms: 164 MB at 20,000 tags.
@@ -37,6 +40,14 @@ SAMPLE_SIZE = 4096
 def codes(tags: npt.NDArray[np.integer], keys: npt.NDArray[np.integer]) -> Counts:
     """int64 numbers that order by tag, then by key."""
     return tags.astype(np.int64) * NUM_KEYS + (keys.astype(np.int64) + KEY_OFFSET)
+
+
+@dataclass(frozen=True)
+class KeySample:
+    """Some images: their places among all, ascending int64 [n], and the keys of given tags, int16 [tags, n]."""
+
+    places: npt.NDArray[np.int64]
+    columns: Callable[[npt.NDArray[np.integer]], Keys]
 
 
 class StoredKeys:
@@ -77,15 +88,6 @@ class StoredKeys:
         parts = [block[_as_slice(tags)] for block in self.blocks()]
         return np.concatenate(parts, axis=1) if parts else np.empty((len(tags), 0), np.int16)
 
-    def images(self, places: npt.NDArray[np.integer]) -> Keys:
-        """The keys of some images, int16 [C, n], for ascending places among all."""
-        parts, start = [np.empty((self.num_tags, 0), np.int16)], 0
-        for block in self.blocks():
-            low, high = np.searchsorted(places, [start, start + block.shape[1]])
-            parts.append(block[:, places[low:high] - start])
-            start += block.shape[1]
-        return np.concatenate(parts, axis=1)
-
     def counts_from(self, wanted: Counts) -> Counts:
         """How many images of the code's tag have its key or a higher one; int64, for ascending int64 codes."""
         found = np.empty(len(wanted), np.int64)
@@ -111,7 +113,7 @@ class StoredKeys:
                 yield from (_nonzero(table) for table in _tables(columns).numpy())
 
     def _tags_at_a_time(self) -> int:
-        return max(1, min(_TABLES_AT_A_TIME, _KEYS_AT_A_TIME // max(1, self.num_images)))
+        return max(1, min(TABLES_AT_A_TIME, _KEYS_AT_A_TIME // max(1, self.num_images)))
 
     def _write(self, columns: Keys) -> None:
         while columns.shape[1]:
@@ -152,8 +154,7 @@ class KeyHistograms:
             return
         self._buffer.add(keys)
         self._buffered += len(keys)
-        # Counted block by block: a tag's table is then in the cache for all of its keys.
-        if self._buffered * self.num_tags * 2 >= _BLOCK_BYTES and self._buffered >= _MIN_BLOCK_ROWS:
+        if self._buffered >= COUNTED_TOGETHER:
             self._flush()
 
     def add_columns(self, columns: Keys) -> None:
@@ -177,15 +178,15 @@ class KeyHistograms:
         """See `StoredKeys.counts_from`."""
         found = np.empty(len(wanted), np.int64)
         tables = self.tables()
-        for tags, part in _runs(wanted, _TABLES_AT_A_TIME):
+        for tags, part in _runs(wanted, TABLES_AT_A_TIME):
             found[part] = _table_counts_from(tables[_as_slice(tags)], wanted[part] - int(tags[0]) * NUM_KEYS)
         return found
 
     def distinct(self, tags: npt.NDArray[np.integer]) -> Iterator[tuple[Keys, Counts]]:
         """See `StoredKeys.distinct`."""
         tables = self.tables()
-        for start in range(0, len(tags), _TABLES_AT_A_TIME):
-            chunk = tags[start : start + _TABLES_AT_A_TIME]
+        for start in range(0, len(tags), TABLES_AT_A_TIME):
+            chunk = tags[start : start + TABLES_AT_A_TIME]
             index = torch.from_numpy(chunk.astype(np.int64)).to(tables.device)
             yield from (_nonzero(table) for table in tables[index].cpu().numpy())
 
@@ -268,24 +269,20 @@ class ScoreStore:
         """What names the images, int64 [N], in the order in which they came."""
         return np.concatenate([*self._image_ids, np.empty(0, np.int64)])
 
-    def sample(self, size: int | None = None) -> tuple[npt.NDArray[np.int64], Keys]:
-        """Images chosen by hash: their places among all [n], ascending, and keys int16 [C, n].
-
-        At most `size` (None: as many as there are keys of); fewer where the sample beside histograms is smaller.
-        """
+    def sample(self, size: int | None = None) -> "KeySample":
+        """At most `size` images chosen by hash (None: all whose keys are kept; with histograms, those beside them)."""
         if self._keys is None:
             self._copies.drain()
             orders, places, rows = self._sample.images()
-            columns = rows.T
         else:
-            orders, places = image_order(self.image_ids), np.arange(self._images)
-            columns = None
+            orders, places, rows = image_order(self.image_ids), np.arange(self._images), None
         kept = np.sort(np.argsort(orders, kind="stable")[:size])
         kept = kept[np.argsort(places[kept], kind="stable")]
-        if columns is None:
-            assert self._keys is not None
-            return places[kept], self._keys.images(places[kept])
-        return places[kept], np.ascontiguousarray(columns[:, kept])
+        if rows is not None:
+            return KeySample(places[kept], lambda tags: np.ascontiguousarray(rows[kept][:, _as_slice(tags)].T))
+        stored, images = self._any(), slice(None) if len(kept) == self._images else kept
+        assert isinstance(stored, StoredKeys)
+        return KeySample(places[kept], lambda tags: stored.columns(tags)[:, images])
 
     def counts_from(self, wanted: Counts) -> Counts:
         """How many images of the code's tag have its key or a higher one; int64, for ascending int64 codes."""
@@ -300,9 +297,12 @@ class ScoreStore:
         ids: dict[str, npt.NDArray[np.generic]] = {"image_ids": self.image_ids}
         if self._keys is not None:
             return ids | {"keys": self._keys.columns(np.arange(self.num_tags))}
-        places, columns = self.sample()
-        tables = self._as_histograms().tables().cpu().numpy()
-        return ids | {"histograms": tables, "sample_places": places, "sample_keys": columns}
+        sample = self.sample()
+        return ids | {
+            "histograms": self._as_histograms().tables().cpu().numpy(),
+            "sample_places": sample.places,
+            "sample_keys": sample.columns(np.arange(self.num_tags)),
+        }
 
     def add_arrays(self, arrays: Arrays) -> None:
         """Add another store's `arrays`; histograms on either side make histograms."""
@@ -310,17 +310,17 @@ class ScoreStore:
         if "keys" in arrays:
             self._merge_blocks([np.asarray(arrays["keys"], dtype=np.int16)], ids)
             return
-        places = np.asarray(arrays["sample_places"], dtype=np.int64)
         columns = np.asarray(arrays["sample_keys"], dtype=np.int16)
+        sample = KeySample(np.asarray(arrays["sample_places"], dtype=np.int64), lambda tags: columns[tags])
         tables = torch.from_numpy(np.ascontiguousarray(arrays["histograms"], dtype=np.int32))
-        self._merge_tables(tables, ids, places, columns)
+        self._merge_tables(tables, ids, sample)
 
     def merge(self, other: "ScoreStore") -> None:
         """Add another store's images, which keeps them."""
         if other._keys is not None:
             self._merge_blocks(other._keys.blocks(), other.image_ids)
         else:
-            self._merge_tables(other._as_histograms().tables(), other.image_ids, *other.sample())
+            self._merge_tables(other._as_histograms().tables(), other.image_ids, other.sample())
 
     def _merge_blocks(self, blocks: list[Keys], image_ids: npt.NDArray[np.int64]) -> None:
         first = self._images
@@ -332,16 +332,11 @@ class ScoreStore:
         if self._keys is None:
             self._sample_blocks(blocks, image_ids, first)
 
-    def _merge_tables(
-        self,
-        tables: Tensor,
-        image_ids: npt.NDArray[np.int64],
-        places: npt.NDArray[np.int64],
-        columns: Keys,
-    ) -> None:
+    def _merge_tables(self, tables: Tensor, image_ids: npt.NDArray[np.int64], sample: "KeySample") -> None:
         self._as_histograms().add_tables(tables)
         self._copies.drain()
-        self._sample.add(image_order(image_ids[places]), self._images + places, columns.T)
+        rows = sample.columns(np.arange(self.num_tags)).T
+        self._sample.add(image_order(image_ids[sample.places]), self._images + sample.places, rows)
         self._image_ids.append(image_ids)
         self._images += len(image_ids)
 
@@ -413,12 +408,12 @@ def _tables(columns: Keys) -> Tensor:
 def _count(tables: Tensor, columns: Keys) -> None:
     """Add the counts of keys [C, N] to tables [C, 65536]; tag by tag, so that a tag's table stays in the cache."""
     flat = tables.view(-1)
-    starts = torch.arange(len(columns), device=flat.device)[:, None] * NUM_KEYS + KEY_OFFSET
+    starts = np.arange(len(columns))[:, None] * NUM_KEYS + KEY_OFFSET
     tags = max(1, (_KEYS_AT_A_TIME // 16) // max(1, columns.shape[1]))
     ones = torch.ones((), dtype=torch.int32, device=flat.device)
     for start in range(0, len(columns), tags):
-        keys = torch.from_numpy(np.ascontiguousarray(columns[start : start + tags])).to(flat.device)
-        index = (keys + starts[start : start + tags]).view(-1)
+        cells = np.add(columns[start : start + tags], starts[start : start + tags], dtype=np.int64, order="C")
+        index = torch.from_numpy(cells.ravel()).to(flat.device)
         flat.scatter_add_(0, index, ones.expand(len(index)))
 
 
