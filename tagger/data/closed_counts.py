@@ -7,7 +7,7 @@ time, in memory that does not depend on their number.
 import numpy as np
 
 from tagger.data.index import MetadataIndex
-from tagger.data.ragged import gather
+from tagger.data.ragged import distinct, gather
 from tagger.ontology import Expansion, Ontology, expand
 
 _ROWS_AT_A_TIME = 1 << 15
@@ -44,6 +44,6 @@ def _count_rows(index: MetadataIndex, expansion: Expansion, num_names: int) -> n
         tags, places = index.gather_tags(rows)
         useful = leads_somewhere[tags]
         names, sources = gather(expansion.offsets, expansion.values, tags[useful])
-        pairs = np.unique(places[useful][sources] * num_names + names)
+        pairs = distinct(places[useful][sources] * num_names + names)
         counts += np.bincount(pairs % num_names, minlength=num_names)
     return counts

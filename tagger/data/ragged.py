@@ -6,6 +6,14 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.int64]
 
 
+def distinct(values: Numbers) -> Numbers:
+    """The different values, ascending: `np.unique`, whose hash table takes 5 to 20 times the time of a sort here."""
+    ranked = np.sort(values)
+    is_first = np.ones(len(ranked), dtype=np.bool_)
+    np.not_equal(ranked[1:], ranked[:-1], out=is_first[1:])
+    return ranked[is_first]
+
+
 def gather(offsets: NDArray[np.signedinteger], values: NDArray[np.integer], lists: Numbers) -> tuple[Numbers, Numbers]:
     """The values of some lists: (values [T], and the place in `lists` that each belongs to [T]).
 
@@ -26,7 +34,7 @@ def pack(
 
     values: 0 .. num_values - 1, in any order. places: the list that each belongs to.
     """
-    places, ascending = np.divmod(np.unique(places * num_values + values), num_values)
+    places, ascending = np.divmod(distinct(places * num_values + values), num_values)
     offsets = np.zeros(num_lists + 1, dtype=np.int32)
     np.cumsum(np.bincount(places, minlength=num_lists), out=offsets[1:])
     return ascending.astype(np.int32), offsets

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tagger.data.ragged import distinct
 from tagger.data.sampler import RowSampler
 from tagger.errors import InputError
 from tagger.rng import mix, stable_id, uniform
@@ -144,6 +145,6 @@ def _tags_of(table: TaggedRows, rows: NDArray[np.integer]) -> Iterator[tuple[Row
     for start in range(0, len(rows), _CHUNK):
         tags, places = table.known_tags(rows[start : start + _CHUNK].astype(np.int64))
         # Two of an index's tags may be one of the vocabulary's, and an image counts once.
-        pairs = np.unique(places * table.num_tags + tags)
+        pairs = distinct(places * table.num_tags + tags)
         places, tags = np.divmod(pairs, table.num_tags)
         yield tags, places + start

@@ -10,20 +10,23 @@ logits.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from tagger.batch import Batch
-from tagger.metrics.keys import from_keys, lowest_keys, to_keys
+from tagger.data.ragged import distinct
+from tagger.metrics.keys import KEY_OFFSET, MAX_KEY, from_keys, lowest_keys, to_keys
 from tagger.ontology import TagRelations, close_up
 from tagger.tag_lists import tag_coordinates
 
 # Violations are added as whole multiples of this: 300,000 images of 100,000 pairs stay below 2 ** 63.
 _UNIT = 2.0**-24
+_KEYS = np.clip(np.arange(-KEY_OFFSET, KEY_OFFSET), -MAX_KEY, MAX_KEY)
+# Probability in units, int32, by key + KEY_OFFSET.
+_PROBABILITIES = np.rint(1 / (1 + np.exp(-from_keys(_KEYS).clip(-700).astype(np.float64))) / _UNIT).astype(np.int32)
 _COUNTERS = (
     "images",
     "hits",
@@ -84,8 +87,8 @@ class HierarchyResult:
 class HierarchyMetrics:
     """Collects batches of an evaluation; `add` takes what a collector is given, `merge` another part's counts.
 
-    A tag is predicted where its logit, rounded to 16 bits, is at or above its threshold. Memory for one batch: a few
-    bytes for each of its B x C scores, and 16 for each of its B x E pairs.
+    A tag is predicted where its logit, rounded to 16 bits, is at or above its threshold. Memory for one batch: 4 bytes
+    for each of its B x C scores, and 16 for each of its B x E pairs.
     """
 
     def __init__(self, relations: TagRelations, num_tags: int, logit_thresholds: npt.ArrayLike) -> None:
@@ -93,10 +96,14 @@ class HierarchyMetrics:
         self.relations = relations
         self.num_tags = num_tags
         self._lowest = np.broadcast_to(lowest_keys(logit_thresholds), (num_tags,))
-        self._related = np.unique(np.concatenate([relations.child, relations.parent]))
-        self._parent_places = np.searchsorted(self._related, relations.parent)
-        self._child_places = np.searchsorted(self._related, relations.child)
-        self._children = np.unique(relations.child)
+        self._related = distinct(np.concatenate([relations.child, relations.parent]))
+        # The same pairs by place among the related tags, to which alone they matter.
+        self._pairs = replace(
+            relations,
+            child=np.searchsorted(self._related, relations.child),
+            parent=np.searchsorted(self._related, relations.parent),
+        )
+        self._children = distinct(self._pairs.child)
         # int64: the counters, then the images of each group with a tag, then with more than one. Parts of one
         # evaluation add up.
         self.state = np.zeros(len(_COUNTERS) + 2 * relations.num_groups, dtype=np.int64)
@@ -111,16 +118,15 @@ class HierarchyMetrics:
         present = np.zeros(predicted.shape, dtype=np.bool_)
         rows, columns = tag_coordinates(batch.tag_indices, batch.tag_offsets, *predicted.shape)
         present[rows.numpy(), columns.numpy()] = True
-        closed = close_up(predicted, self.relations)
-        truth = close_up(present, self.relations)
-        hits = closed & truth
-        related = self._related
-        counts = [len(batch)]
-        counts += [int(np.count_nonzero(table)) for table in (hits, closed, truth)]
-        counts += [int(np.count_nonzero(table[:, related])) for table in (hits, closed, truth)]
-        decisions = int(np.count_nonzero(predicted[:, self._children]))
-        counts += [decisions, self._broken(predicted), self._violation(keys)]
-        self.state += np.concatenate([counts, *self._groups(predicted)]).astype(np.int64)
+        # Related tags by themselves, tags first: closing changes no other.
+        own, true, related_keys = (np.ascontiguousarray(x[:, self._related].T) for x in (predicted, present, keys))
+        closed, truth = (close_up(table, self._pairs, tags_first=True) for table in (own, true))
+        before = _counts(predicted & present, predicted, present)
+        related = _counts(closed & truth, closed, truth)
+        overall = before - _counts(own & true, own, true) + related
+        decisions = np.count_nonzero(own[self._children])
+        consistency = [decisions, self._broken(own), self._violation(related_keys)]
+        self.state += np.concatenate([[len(batch)], overall, related, consistency, *self._groups(predicted)])
 
     def merge(self, other: "HierarchyMetrics") -> None:
         """Add the images of another part, which keeps them."""
@@ -154,16 +160,15 @@ class HierarchyMetrics:
         )
 
     def _broken(self, predicted: npt.NDArray[np.bool_]) -> int:
-        """Predicted tags of which an ancestor is not predicted."""
-        relations = self.relations
-        rows, pairs = np.nonzero(predicted[:, relations.child] & ~predicted[:, relations.parent])
-        return len(np.unique(rows * self.num_tags + relations.child[pairs]))
+        """Decisions for a tag of which an ancestor is not predicted; [related tags, B]."""
+        child, parent = self._pairs.child, self._pairs.parent
+        pairs, images = np.nonzero(predicted[child] & ~predicted[parent])
+        return len(distinct(child[pairs] * predicted.shape[1] + images))
 
     def _violation(self, keys: npt.NDArray[np.int16]) -> int:
-        """By how much p(tag) exceeds p(ancestor), over all pairs, in units."""
-        logits = torch.from_numpy(from_keys(keys[:, self._related])).double()
-        units = np.rint(logits.sigmoid().numpy() / _UNIT).astype(np.int64)
-        return int(np.maximum(units[:, self._child_places] - units[:, self._parent_places], 0).sum())
+        """By how much p(tag) exceeds p(ancestor), over all pairs, in units; [related tags, B]."""
+        units = _PROBABILITIES[keys.astype(np.int32) + KEY_OFFSET]
+        return int(np.maximum(units[self._pairs.child] - units[self._pairs.parent], 0).sum(dtype=np.int64))
 
     def _groups(self, predicted: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Of each exclusive group, the images with at least one of its tags predicted, and with more."""
@@ -173,6 +178,10 @@ class HierarchyMetrics:
         members = predicted[:, relations.members].astype(np.int32)
         found = np.add.reduceat(members, relations.group_offsets[:-1], axis=1)
         return (found > 0).sum(axis=0), (found > 1).sum(axis=0)
+
+
+def _counts(*tables: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    return np.array([np.count_nonzero(table) for table in tables], dtype=np.int64)
 
 
 def _share(part: int, whole: int) -> float:

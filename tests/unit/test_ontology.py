@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orientation_handler import OrientationError, OrientationHandler
 from scripts.demo_scene import sample_scene, tags_of
+from tagger import ontology_file
 from tagger.data.closed_counts import closed_counts
 from tagger.data.index import open_index
 from tagger.errors import InputError
@@ -72,7 +74,9 @@ def closure_by_hand(ontology: Ontology, tags: set[str]) -> set[str]:
         closed = more
 
 
-def test_what_a_file_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", [ontology_file._Loader, yaml.BaseLoader])  # yaml's C library may be missing
+def test_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: type) -> None:
+    monkeypatch.setattr(ontology_file, "_Loader", loader)
     ontology = read_ontology(write(tmp_path, EXAMPLE))
     assert ontology.aliases == {"kitty": "cat", "kit": "cat", "no": "night"}
     assert ontology.closed("kit") == ("cat", "animal") and ontology.closed("tabby")[0] == "tabby"

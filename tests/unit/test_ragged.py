@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tagger.data.ragged import gather, pack
+from tagger.data.ragged import distinct, gather, pack
 
 LISTS = st.lists(st.lists(st.integers(0, 30), max_size=6), min_size=1, max_size=8)
 
@@ -17,6 +17,11 @@ def test_gather_picks_what_a_loop_picks(lists: list[list[int]], data: st.DataObj
     found, places = gather(offsets, values, np.array(wanted, dtype=np.int64))
     assert found.tolist() == [value for number in wanted for value in lists[number]]
     assert places.tolist() == [place for place, number in enumerate(wanted) for _ in lists[number]]
+
+
+@given(st.lists(st.integers(-9, 9), max_size=40))
+def test_distinct_is_what_a_set_keeps(values: list[int]) -> None:
+    assert distinct(np.array(values, dtype=np.int64)).tolist() == sorted(set(values))
 
 
 @given(LISTS, st.data())
