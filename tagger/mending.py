@@ -18,6 +18,7 @@ from tagger.data.correction_log import (
     Action,
     Change,
     CorrectionLog,
+    ImageKey,
     LastTagError,
     SidecarEdit,
     WrittenSidecar,
@@ -70,8 +71,10 @@ def read_accepted(path: Path, *, everything: bool = False, above: float | None =
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"suspects {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise FormatError(f"suspects {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"suspects {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     accepted: list[Wanted] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -85,13 +88,14 @@ def read_accepted(path: Path, *, everything: bool = False, above: float | None =
             accept = entry.get("accept")
             if accept is not None and type(accept) is not bool:
                 raise ValueError(f'"accept" is {json.dumps(accept)}; write true or false')
-            chosen = everything or (above is not None and float(entry["strength"]) >= above)
+            if accept is None:
+                accept = everything or (above is not None and float(entry["strength"]) >= above)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, FormatError):
                 raise
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise FormatError(f"suspects {path} line {number} is not a suspect: {what}") from error
-        if accept or (chosen and accept is None):
+        if accept:
             accepted.append(wanted)
     return accepted
 
@@ -110,63 +114,97 @@ def plan_mending(
 
     vocabulary: tags that the model learns (empty: not known). new_tags: allow tags that no image has.
     """
-    plan = MendingPlan()
-    finder = RowFinder(index)
-    counts = index.tag_counts()
-    known = {name for name, count in zip(index.tag_names, counts.tolist(), strict=True) if count} | RATING_TAGS.keys()
-    states: dict[int, tuple[tuple[str, ...], str | None]] = {}
-    changed_by_us: dict[tuple[str, str], set[str]] = {}
-    for change in log.changes.values():
-        changed_by_us.setdefault(change.key, set()).add(change.state)
+    planner = _Planner(index, log, vocabulary, new_tags=new_tags, even_if_changed=even_if_changed)
     for wanted in accepted:
+        planner.take(wanted)
+    if write_sidecars:
+        _plan_sidecars(planner.plan, log)
+    return planner.plan
+
+
+class _Planner:
+    """Judges accepted lines one after the other, each against what the ones before it make of its image."""
+
+    def __init__(
+        self,
+        index: MetadataIndex,
+        log: CorrectionLog,
+        vocabulary: Collection[str],
+        *,
+        new_tags: bool,
+        even_if_changed: bool,
+    ) -> None:
+        self.plan = MendingPlan()
+        self._index = index
+        self._finder = RowFinder(index)
+        self._last_id = log.last_id
+        self._vocabulary = frozenset(vocabulary)
+        self._new_tags = new_tags
+        self._even_if_changed = even_if_changed
+        counts = zip(index.tag_names, index.tag_counts().tolist(), strict=True)
+        self._known = {name for name, count in counts if count} | RATING_TAGS.keys()
+        self._tags: dict[int, tuple[tuple[str, ...], str | None]] = {}
+        # A sidecar that has changed because we wrote it is as good as unchanged.
+        self._states: dict[ImageKey, set[str]] = {}
+        for change in log.changes.values():
+            self._states.setdefault(change.key, set()).add(change.state)
+
+    def take(self, wanted: Wanted) -> None:
+        """Add a line to the plan, as a change or as one that is needless or refused."""
         where = f"line {wanted.line}: {printable(wanted.image)}"
-        row = finder.row_of(wanted.root, wanted.image)
+        row = self._finder.row_of(wanted.root, wanted.image)
         if row is None:
-            plan.refused.append(f"{where}: no such image in the data set, or in several of its folders")
-            continue
-        root, image = index.locate(row)
-        state = state_of(index.sidecar_record(row))
-        key = str(index.roots[root]), image
-        if wanted.state not in {None, state} | changed_by_us.get(key, set()) and not even_if_changed:
-            plan.refused.append(f"{where}: its sidecar has changed since; evaluate again, or pass --even-if-changed")
-            continue
-        if row not in states:
-            record = index.record(row)
-            states[row] = record.tags, record.rating
-        before = states[row]
+            self.plan.refused.append(f"{where}: no such image in the data set, or one in several of its folders")
+            return
+        root, image = self._index.locate(row)
+        key = str(self._index.roots[root]), image
+        state = state_of(self._index.sidecar_record(row))
+        if not self._even_if_changed and wanted.state not in {None, state, *self._states.get(key, ())}:
+            reason = "its sidecar has changed since; evaluate again, or pass --even-if-changed"
+            self.plan.refused.append(f"{where}: {reason}")
+            return
+        if row not in self._tags:
+            record = self._index.record(row)
+            self._tags[row] = record.tags, record.rating
+        before = self._tags[row]
         try:
             after = change_tags(*before, wanted.action, wanted.tag)
         except LastTagError as error:
-            plan.refused.append(f"{where}: {error}; take the image out of the data set instead")
-            continue
+            self.plan.refused.append(f"{where}: {error}; take the image out of the data set instead")
+            return
         if after is None:
             says = "has" if wanted.action == "add" else "does not have"
-            plan.needless.append(f"{where}: it {says} '{wanted.tag}' already")
-            continue
-        if wanted.tag not in known and not new_tags:
-            near = difflib.get_close_matches(wanted.tag, sorted(known), n=1)
-            hint = f", did you mean '{near[0]}'?" if near else ""
-            plan.refused.append(f"{where}: no image has the tag '{wanted.tag}'{hint}; --new-tags adds it as a new one")
-            continue
-        if vocabulary and wanted.tag not in vocabulary:
-            plan.notes.append(f"{where}: '{wanted.tag}' is not in the vocabulary; it corrects the data, not that model")
-        states[row] = after
-        plan.changes.append(
+            self.plan.needless.append(f"{where}: it {says} '{wanted.tag}' already")
+            return
+        if not self._may_add(wanted.tag, where):
+            return
+        self._tags[row] = after
+        self.plan.changes.append(
             Change(
-                id=log.last_id + 1 + len(plan.changes),
+                id=self._last_id + 1 + len(self.plan.changes),
                 time=utc_now(),
                 action=wanted.action,
                 tag=wanted.tag,
                 root=key[0],
                 image=image,
-                image_id=f"{int(index.image_ids[row]):016x}",
+                image_id=f"{int(self._index.image_ids[row]):016x}",
                 before=before,
                 state=state,
             )
         )
-    if write_sidecars:
-        _plan_sidecars(plan, log)
-    return plan
+
+    def _may_add(self, tag: str, where: str) -> bool:
+        """Whether the tag is one of the data set, or a new one is welcome."""
+        if tag not in self._known and not self._new_tags:
+            near = difflib.get_close_matches(tag, sorted(self._known), n=1)
+            hint = f", did you mean '{near[0]}'?" if near else ""
+            reason = f"no image has the tag '{tag}'{hint}; --new-tags adds it as a new one"
+            self.plan.refused.append(f"{where}: {reason}")
+            return False
+        if self._vocabulary and tag not in self._vocabulary:
+            note = f"'{tag}' is not in the vocabulary; it corrects the data, not that model"
+            self.plan.notes.append(f"{where}: {note}")
+        return True
 
 
 def carry_out(plan: MendingPlan, log: CorrectionLog) -> None:
@@ -188,7 +226,7 @@ def undo(log: CorrectionLog, ids: Sequence[int], *, dry_run: bool = False) -> li
             raise InputError(f"there is no correction {number} in {log.path}; --list shows them")
         if number in log.undone:
             raise InputError(f"correction {number} is undone already, since {log.undone[number]}")
-    by_image: dict[tuple[str, str], list[int]] = {}
+    by_image: dict[ImageKey, list[int]] = {}
     for number in dict.fromkeys(ids):
         by_image.setdefault(log.changes[number].key, []).append(number)
     restored = {key: _restored(log, key, numbers) for key, numbers in by_image.items()}
@@ -215,7 +253,7 @@ def describe(change: Change) -> str:
 
 def _plan_sidecars(plan: MendingPlan, log: CorrectionLog) -> None:
     """The bytes of each sidecar with its corrections; what cannot be written is refused."""
-    by_image: dict[tuple[str, str], list[int]] = {}
+    by_image: dict[ImageKey, list[int]] = {}
     first_id = plan.changes[0].id if plan.changes else 0
     refused: set[int] = set()
     for place, change in enumerate(plan.changes):
@@ -249,7 +287,7 @@ def _plan_sidecars(plan: MendingPlan, log: CorrectionLog) -> None:
     plan.changes = [replace(change, id=number) for number, change in enumerate(kept, first_id)]
 
 
-def _restored(log: CorrectionLog, key: tuple[str, str], numbers: Sequence[int]) -> tuple[Path, bytes] | None:
+def _restored(log: CorrectionLog, key: ImageKey, numbers: Sequence[int]) -> tuple[Path, bytes] | None:
     """The sidecar of an image without some corrections; None where they were never written to it."""
     written = [number for number in numbers if log.changes[number].sidecar is not None]
     if not written:
@@ -284,7 +322,7 @@ def _changed(path: Path, numbers: Sequence[int]) -> str:
     return f"{printable(path)} has changed since corrections {listed} were written to it; mend it by hand"
 
 
-def _sidecar_path(key: tuple[str, str]) -> Path:
+def _sidecar_path(key: ImageKey) -> Path:
     image = Path(key[0]) / key[1]
     for suffix in SUFFIXES:
         path = image.with_name(image.name[: image.name.rfind(".")] + suffix)
