@@ -152,8 +152,9 @@ class LoadOptions:
         if num_processes is None:
             num_processes, reason = default_num_processes(num_cores(), on_cuda=on_cuda)
         num_threads = section.num_threads or default_num_threads(num_processes)
-        num_processes = min(num_processes, num_threads, section.prefetch_batches)  # more would stand idle
-        place = f"{num_processes} loader processes" if num_processes else "threads of this process"
+        if (useful := min(num_threads, section.prefetch_batches)) < num_processes:
+            num_processes, reason = useful, f"{reason} {num_processes}; more than threads or batches would stand idle"
+        place = f"loader processes: {num_processes}" if num_processes else "threads of this process"
         logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
         return cls(
             preprocess,
