@@ -280,10 +280,11 @@ class OrderedPrefetcher(Generic[T]):
 
 def _shut_down(shared: _Shared[T], threads: list[threading.Thread]) -> None:
     shared.stop()
+    end = time.monotonic() + _JOIN_S
     for thread in threads:
         # A collector that runs in a worker must not wait for that worker.
         if thread is not threading.current_thread() and thread.ident is not None:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, end - time.monotonic()))
             if thread.is_alive():
                 logger.warning(
                     "%s did not end within %.0f s: a read hangs; it ends with the process", thread.name, _JOIN_S

@@ -172,7 +172,7 @@ def test_a_stop_at_any_step_changes_nothing(
 
 @pytest.mark.slow
 def test_processes_started_from_nothing_change_nothing_either(images: Path, tmp_path: Path) -> None:
-    """Loader processes as a run starts them, which takes a second: equal to a run that never stopped and has threads."""
+    """Loader processes as a run starts them, in a second: equal to a run that never stopped and has threads."""
     straight = straight_run(words_of(images, tmp_path / "threads", 3, 0), 3)
     resumed = train_to(words_of(images, tmp_path / "processes", 3, 2), "resumed", [3, 10**6])
     assert resumed.rows == straight.rows and resumed.metrics == straight.metrics
