@@ -8,9 +8,8 @@ and counted; it never becomes zeros or the image beside it.
 
 import logging
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,20 +20,21 @@ from numpy.typing import NDArray
 from Configuration_System import DataSection, FullConfig, OrientationSection
 from orientation_handler import MirrorCoin, OrientationHandler
 from tagger.batch import Batch
-from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
+from tagger.data.batch_job import BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
 from tagger.data.batch_plan import Grouping, Spans, create_plan
 from tagger.data.decode import DecodeOptions, describe_decoder
 from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
 from tagger.data.position import Position, carry_over, check_position, identified
-from tagger.data.prefetch import BufferPool, OrderedPrefetcher, default_num_threads, num_cores
+from tagger.data.prefetch import OrderedPrefetcher, default_num_threads, num_cores
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.quarantine_log import KnownBad, Quarantine
 from tagger.data.ring import LoaderRing, RingPass, default_num_processes
 from tagger.data.sampler import RowSampler, hash_rows
 from tagger.data.shrink_cache import ShrinkCache
 from tagger.data.split import Part, Split, SplitRule, split_index
+from tagger.data.thread_pass import prepare_in_threads
 from tagger.data.weighting import create_sampler
 from tagger.ontology import Ontology
 from tagger.preprocess import Preprocess
@@ -150,8 +150,9 @@ class LoadOptions:
         if num_processes is None:
             num_processes, reason = default_num_processes(num_cores(), on_cuda=on_cuda)
         num_threads = section.num_threads or default_num_threads(num_processes)
-        num_processes = min(num_processes, num_threads, section.prefetch_batches)  # more would stand idle
-        place = f"{num_processes} loader processes" if num_processes else "threads of this process"
+        if (useful := min(num_threads, section.prefetch_batches)) < num_processes:
+            num_processes, reason = useful, f"{reason} {num_processes}; more than threads or batches would stand idle"
+        place = f"loader processes: {num_processes}" if num_processes else "threads of this process"
         logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
         return cls(
             preprocess,
@@ -182,19 +183,17 @@ class ImagePreFetcher:
     ) -> None:
         """`known_bad`: files that are refused without reading them."""
         self._inner: OrderedPrefetcher[PreparedBatch] | RingPass
+        pairs = ((span.start, span.stop) for span in spans)
         if ring is not None and not ring.busy:
-            self._inner = ring.begin(epoch, ((span.start, span.stop) for span in spans), known_bad)
+            self._inner = ring.begin(epoch, pairs, known_bad)
             return
-        source = replace(source, images=replace(source.images, known_bad=known_bad))
-        largest = min(source.plan.batch_size, len(source.sampler))
-        # Those in flight, and two in the hands of the consumer.
-        pool = BufferPool(largest * math.prod(source.images.shape), options.prefetch_batches + 2)
-        stopping = threading.Event()
-        self._inner = OrderedPrefetcher(
-            (BatchJob(source, pool, stopping, epoch, span.start, span.stop) for span in spans),
+        self._inner = prepare_in_threads(
+            source,
+            epoch,
+            pairs,
+            known_bad,
             num_threads=options.num_threads or default_num_threads(),
             max_in_flight=options.prefetch_batches,
-            stopping=stopping,
         )
 
     @property

@@ -7,7 +7,6 @@ pipe's end is its own.
 
 import contextlib
 import faulthandler
-import itertools
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,9 +29,8 @@ from tagger.data.batch_job import BatchJob, BatchSource, ImageSource, PreparedBa
 from tagger.data.messages import Begin, Done, End, Ended, Failed, Grant, LogLine, Ready, Sender, received, shared
 from tagger.data.prefetch import Job, OrderedPrefetcher
 from tagger.data.shared_block import PAGE_BYTES, SharedBlock
+from tagger.data.watch import BOARD_CELLS, WatchedImages
 
-# The board's cells of a process, int64: items begun, then the row (+ 1) in each thread's hands.
-BOARD_CELLS = 128
 _ERROR_EXIT = 3
 _NO_LIMIT = 1 << 30
 
@@ -63,31 +61,6 @@ def board_of(block: SharedBlock, num_processes: int) -> NDArray[np.int64]:
     """int64 [num_processes, BOARD_CELLS], a view."""
     cells = block.array[: num_processes * BOARD_CELLS * 8].view(np.int64)
     return cells.reshape(num_processes, BOARD_CELLS)
-
-
-class _Watched:
-    """Images that leave on the board what is being loaded: a process that dies or hangs cannot say it any more."""
-
-    def __init__(self, images: ImageSource, cells: NDArray[np.int64]) -> None:
-        self._images = images
-        self._cells = cells.data
-        self._places: dict[int, int] = {}
-        self._threads = itertools.count()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._images, name)
-
-    def load_into(self, row: int, *arguments: Any, **options: Any) -> Any:
-        thread = threading.get_ident()
-        place = self._places.get(thread)
-        if place is None:
-            place = self._places[thread] = 1 + next(self._threads) % (BOARD_CELLS - 1)
-        self._cells[0] += 1  # a race between threads may lose one; that it moves is what counts
-        self._cells[place] = row + 1
-        try:
-            return self._images.load_into(row, *arguments, **options)
-        finally:
-            self._cells[place] = 0
 
 
 class _Slot:
@@ -207,8 +180,7 @@ class _Worker:
     def obey(self, command: Begin | Grant | End) -> None:
         if isinstance(command, Begin):
             images = replace(self._source.images, known_bad=command.known_bad)
-            # It stands in for the images in all that a batch asks of them.
-            source = replace(self._source, images=cast(ImageSource, _Watched(images, self._cells)))
+            source = replace(self._source, images=cast(ImageSource, WatchedImages(images, self._cells)))
             self._pass = _Pass(source, self._slots, self._setup.num_threads, command.epoch, self._sender)
         elif isinstance(command, Grant):
             assert self._pass is not None

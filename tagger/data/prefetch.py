@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar, cast
 
@@ -214,11 +214,16 @@ class OrderedPrefetcher(Generic[T]):
         num_threads: int,
         max_in_flight: int,
         stopping: threading.Event | None = None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
-        """`stopping` is set when the threads are told to end, so that a job that waits for something can give up."""
+        """`stopping` is set when the threads are told to end, so that a job that waits for something can give up.
+
+        `on_wait` is called every half second or so while a result is waited for; what it raises, the consumer gets.
+        """
         if num_threads < 1 or max_in_flight < 1:
             raise ValueError(f"num_threads={num_threads}, max_in_flight={max_in_flight}: each must be at least 1")
         self.wait_seconds = 0.0
+        self._on_wait = on_wait
         self._shared: _Shared[T] = _Shared(jobs, num_threads, max_in_flight, stopping or threading.Event())
         self._threads = [
             threading.Thread(target=self._shared.run_worker, name=f"loader-{number}", daemon=True)
@@ -241,6 +246,7 @@ class OrderedPrefetcher(Generic[T]):
                 try:
                     while not self._is_settled():
                         shared.ready.wait(_WAKE_S)
+                        self._on_wait()
                 finally:
                     self.wait_seconds += time.perf_counter() - started
             slot = shared.slots.popleft() if shared.slots else None
@@ -274,10 +280,11 @@ class OrderedPrefetcher(Generic[T]):
 
 def _shut_down(shared: _Shared[T], threads: list[threading.Thread]) -> None:
     shared.stop()
+    end = time.monotonic() + _JOIN_S
     for thread in threads:
         # A collector that runs in a worker must not wait for that worker.
         if thread is not threading.current_thread() and thread.ident is not None:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, end - time.monotonic()))
             if thread.is_alive():
                 logger.warning(
                     "%s did not end within %.0f s: a read hangs; it ends with the process", thread.name, _JOIN_S

@@ -3,7 +3,7 @@
 Batch k of a pass is prepared by process k mod P, so who prepares what shows in nothing. Images go straight into the
 ring, where the consumer's tensors lie; all else of a batch is one small message. The processes live from the first
 pass to `close`, and end with this process however it ends. One that dies or hangs is replaced and given its batches
-again, at most MAX_RESTARTS times in all: a batch is a function of (source, epoch, samples), so none is lost or
+again, within a RestartBudget: a batch is a function of (source, epoch, samples), so none is lost or
 repeated.
 """
 
@@ -24,16 +24,15 @@ from typing import Any
 from tagger.data.batch_job import BatchSource, PreparedBatch
 from tagger.data.loader_process import Setup, board_bytes, board_of
 from tagger.data.messages import Begin, Done, End, Ended, Failed, Grant, LogLine, Ready, Sender, received, share
+from tagger.data.patience import HANG_S, MAX_RESTARTS, RESTART_WINDOW_S, RestartBudget, Stillness
 from tagger.data.quarantine_log import KnownBad
 from tagger.data.slots import SlotRing
+from tagger.data.watch import rows_in_hand
 
 logger = logging.getLogger(__name__)
 
 Span = tuple[int, int]
 
-MAX_RESTARTS = 3
-# A process that begins no image for so long while it owes a batch is hung; storage is retried more often than that.
-HANG_S = 50.0
 # Importing torch from a cold network disk takes minutes.
 START_S = 300.0
 # A thread of a process is waited for by the process itself, for less.
@@ -73,9 +72,7 @@ class _Child:
     sender: Sender
     stderr_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_STDERR_LINES))
     ready: bool = False
-    # What the board said last, and since when.
-    begun: int = -1
-    since: float = field(default_factory=time.monotonic)
+    stillness: Stillness = field(default_factory=Stillness)
 
 
 @dataclass
@@ -106,7 +103,7 @@ class _State:
         self.answers: dict[int, Done | Failed] = {}
         # Slots of the pass before, free when no process writes to one any more.
         self.abandoned: list[int] = []
-        self.num_restarts = 0
+        self.restarts = RestartBudget()
         self.failure: LoaderProcessError | None = None
         self.closed = False
 
@@ -127,15 +124,7 @@ class _State:
             dump_after_s=0.8 * HANG_S,
         )
         self.board[number] = 0
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tagger.data.loader_process", json.dumps(asdict(setup))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(*self.slots.block.descriptors, *self.source_block.descriptors),
-            env=_environment(),
-            **_own_group(),
-        )
+        process = _started(setup, (*self.slots.block.descriptors, *self.source_block.descriptors))
         assert process.stdin is not None
         child = seat.child = _Child(process, Sender(process.stdin))
         listening = threading.Thread(target=_listen, args=(self, seat, child), name="loader-listen", daemon=True)
@@ -160,7 +149,7 @@ class _State:
         """Note what a process says."""
         assert seat.child is not None
         if isinstance(message, Ready):
-            seat.child.ready, seat.child.since = True, time.monotonic()
+            seat.child.ready = True
         elif isinstance(message, Ended):
             seat.ending = False
         elif isinstance(message, Done | Failed) and not seat.ending:
@@ -176,26 +165,26 @@ class _State:
             return
         seat.child = None
         seat.ending = False  # it writes to no slot any more
-        self.num_restarts += 1
         hands = self._in_hands(seat)
-        if self.num_restarts > MAX_RESTARTS:
+        if not self.restarts.take():
             self.failure = LoaderProcessError(
-                f"a loader process {how}, and {MAX_RESTARTS} were started again before{hands}; "
-                "look for its last words in the log, or load in threads of the trainer with data.num_processes=0"
+                f"a loader process {how}, and {MAX_RESTARTS} were started again in the {RESTART_WINDOW_S / 60:.0f} "
+                f"minutes before{hands}; look for its last words in the log, or load in threads of the trainer with "
+                "data.num_processes=0"
             )
         else:
-            message = "loader process %d %s%s; starting it again (%d of %d)"
-            logger.warning(message, seat.number, how, hands, self.num_restarts, MAX_RESTARTS)
+            logger.warning("loader process %d %s%s; starting it again (%s)", seat.number, how, hands, self.restarts)
             self.start(seat)
         self.changed.notify_all()
 
     def finish_ending(self) -> None:
         """Wait until every process has dropped what it had of the pass before, and take its slots back."""
-        end = time.monotonic() + _END_S
+        ending = Stillness()
         while any(seat.ending for seat in self.seats) and not self.closed:
+            overdue = ending.seconds(self) > _END_S
             self.changed.wait(_WAKE_S)
             for seat in self.seats:
-                if seat.ending and seat.child is not None and time.monotonic() > end:
+                if overdue and seat.ending and seat.child is not None:
                     seat.child.process.kill()
                     self.lose(seat, seat.child, f"did not end a pass within {_END_S:.0f} s")
         self.answers.clear()
@@ -203,26 +192,24 @@ class _State:
             self.slots.free(self.abandoned.pop())
 
     def _in_hands(self, seat: _Seat) -> str:
-        rows = [int(cell) - 1 for cell in self.board[seat.number][1:] if cell]
+        rows = rows_in_hand(self.board[seat.number])
         if not rows or not seat.owed:
             return ""
         index = self.source.table.index
         return f", loading {', '.join(str(index.image_path(row)) for row in rows[:8])}"
 
     def replace_hung(self) -> None:
-        """Kill each process that owes a batch and has begun no image for HANG_S."""
-        now = time.monotonic()
+        """Kill each process that owes a batch and has begun no image for HANG_S; ask while a batch is waited for."""
         for seat in self.seats:
             child = seat.child
             if child is None:
                 continue
-            begun = int(self.board[seat.number, 0])
-            if begun != child.begun or not seat.owed:
-                child.begun, child.since = begun, now
+            place = (child.ready, int(self.board[seat.number, 0])) if seat.owed else object()
             limit_s = HANG_S if child.ready else START_S
-            if now - child.since > limit_s:
+            if child.stillness.seconds(place) > limit_s:
                 child.process.kill()
-                self.lose(seat, child, f"hung: no image begun for {limit_s:.0f} s (its stack is above)")
+                words = "its stack is above, unless it was stopped from outside"
+                self.lose(seat, child, f"hung: no image begun for {limit_s:.0f} s ({words})")
 
 
 class LoaderRing:
@@ -403,7 +390,14 @@ def _listen(state: _State, seat: _Seat, child: _Child) -> None:
     child.process.stdout.close()
     words = f" ({child.stderr_lines[-1]})" if child.stderr_lines else ""
     with state.lock:
-        state.lose(seat, child, (f"was ended by signal {-code}" if code < 0 else f"ended with code {code}") + words)
+        state.lose(seat, child, _ending(code) + words)
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was ended by signal {-code}"
+    # Windows tells a crash by a code such as 0xC0000005.
+    return f"ended with code {code if code < 256 else hex(code)}"
 
 
 def _read_stderr(number: int, child: _Child) -> None:
@@ -421,6 +415,18 @@ def _log(line: LogLine) -> None:
     if target.isEnabledFor(line.level):
         facts = {"name": line.name, "levelno": line.level, "levelname": logging.getLevelName(line.level)}
         target.handle(logging.makeLogRecord({**facts, "msg": "%s", "args": (line.text,)}))
+
+
+def _started(setup: Setup, descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "tagger.data.loader_process", json.dumps(asdict(setup))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=descriptors,
+        env=_environment(),
+        **_own_group(),
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """A run with everything on, stopped after each of its updates in turn and resumed, is bitwise the run never stopped."""
 
+import contextlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +22,16 @@ from tagger.checkpoint.store import load_checkpoint
 from tagger.data.windows import Window
 from tagger.run_folder import RunFolder
 
+if hasattr(os, "fork"):
+    from tests.loader_nursery import nursery
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="hundreds of processes, each forked")
+
 ROOT = Path(__file__).resolve().parents[2]
 NUM_EPOCHS = 3
 SETTINGS = (
     "data.image_size=32",
-    "data.val_fraction=0.15",
-    "data.num_threads=1",
+    "data.val_fraction=0.2",
     "vocabulary.min_frequency=1",
     "model.preset=vit_tiny",
     "model.patch_size=8",
@@ -81,6 +87,7 @@ def words_of(images: Path, runs: Path, accumulation: int, processes: int) -> lis
         f"data.roots=[{images}]",
         f"data.index_dir={images.parent / 'index'}",
         f"data.num_processes={processes}",
+        f"data.num_threads={max(processes, 1)}",
         f"training.accumulation_steps={accumulation}",
         f"run.output_dir={runs}",
     ]
@@ -135,20 +142,39 @@ def assert_equal(resumed: Done, straight: Done, stops: list[int]) -> None:
     assert resumed.metrics == straight.metrics, stops
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [0, 2])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_stop_at_any_step_changes_nothing(images: Path, tmp_path: Path, accumulation: int, processes: int) -> None:
-    words = words_of(images, tmp_path, accumulation, processes)
+def straight_run(words: list[str], accumulation: int) -> Done:
     straight = train_to(words, "straight", [10**6])
-    last = straight.checkpoint.step
-    assert last == NUM_EPOCHS * (5 if accumulation == 1 else 2)
-    assert {line["step"] for line in straight.metrics} >= set(range(2, last + 1, 2))
+    assert straight.checkpoint.step == NUM_EPOCHS * (5 if accumulation == 1 else 2)
+    assert {line["step"] for line in straight.metrics} >= set(range(2, straight.checkpoint.step + 1, 2))
     assert straight.checkpoint.tensors.keys() == {"model", "optimizer", "ema", "rng"}
-    # Processes take a second to start each time: the end of an epoch, and inside of one.
-    each = range(1, last) if processes == 0 else ([5, 7] if accumulation == 1 else [3])
-    for step in each:
-        assert_equal(train_to(words, f"stop-{step}", [step, 10**6]), straight, [step])
-    if processes == 0:
-        everywhere = [*range(1, last), 10**6]
+    return straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=needs_fork)])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_stop_at_any_step_changes_nothing(
+    images: Path, tmp_path: Path, accumulation: int, processes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each stop alone, and a run that is stopped at all of them."""
+    words = words_of(images, tmp_path, accumulation, processes)
+    with nursery() if processes else contextlib.nullcontext() as started:
+        straight = straight_run(words, accumulation)
+        each = range(1, straight.checkpoint.step)
+        for step in each:
+            assert_equal(train_to(words, f"stop-{step}", [step, 10**6]), straight, [step])
+        everywhere = [*each, 10**6]
         assert_equal(train_to(words, "everywhere", everywhere), straight, everywhere)
+    # Two for training in every leg, and two for validation in those that come to the end of an epoch.
+    assert started is None or started.num_started > 2 * (1 + 2 * len(each) + len(everywhere))
+    assert "starting it again" not in caplog.text
+
+
+@pytest.mark.slow
+def test_processes_started_from_nothing_change_nothing_either(images: Path, tmp_path: Path) -> None:
+    """Loader processes as a run starts them, in a second: equal to a run that never stopped and has threads."""
+    straight = straight_run(words_of(images, tmp_path / "threads", 3, 0), 3)
+    resumed = train_to(words_of(images, tmp_path / "processes", 3, 2), "resumed", [3, 10**6])
+    assert resumed.rows == straight.rows and resumed.metrics == straight.metrics
+    for part, tensors in straight.checkpoint.tensors.items():
+        assert all(torch.equal(tensor, resumed.checkpoint.tensors[part][name]) for name, tensor in tensors.items())

@@ -1,4 +1,4 @@
-"""Twelve faults, each made where it would really arise, and the twelve exit codes that the documentation promises."""
+"""Thirteen faults, each made where it would really arise, and the exit codes that the documentation promises."""
 
 import errno
 import itertools
@@ -16,7 +16,7 @@ import start_up
 import train_direct
 from tagger.checkpoint import writer
 from tagger.checkpoint.format import FileEntry, Tensors
-from tagger.data import image_reader, quarantine
+from tagger.data import image_reader, prefetch, quarantine, thread_pass
 from tagger.data.quarantine import FileFacts
 from tagger.data.windows import Window
 from tagger.optim import MuonAdamW
@@ -108,6 +108,22 @@ def storage_outage(patch: pytest.MonkeyPatch, _images: Path) -> Words:
     return ["training.num_epochs=3"]
 
 
+def hung_disk(patch: pytest.MonkeyPatch, _images: Path) -> Words:
+    real, gone = image_reader.read_with_facts, threading.Event()
+
+    def read(*words: object) -> tuple[bytes, FileFacts]:
+        while gone.is_set() and image_reader.read_with_facts is read:  # until the test is over
+            threading.Event().wait(0.02)
+        return real(*words)  # type: ignore[arg-type]
+
+    patch.setattr(image_reader, "read_with_facts", read)
+    patch.setattr(thread_pass, "END_S", 0.5)
+    for name, seconds in (("_WAKE_S", 0.01), ("_JOIN_S", 0.05)):
+        patch.setattr(prefetch, name, seconds)
+    at_fault_step(patch, lambda _: gone.set())
+    return ["training.num_epochs=3"]
+
+
 def terminated(patch: pytest.MonkeyPatch, _images: Path) -> Words:
     at_fault_step(patch, lambda _: signal.raise_signal(signal.SIGTERM))
     return []
@@ -139,6 +155,7 @@ FAULTS = [
     (no_memory_in_the_update, 5, "failed", "training.accumulation_steps", 2),
     (full_disk_at_the_last_save, 6, "failed", "No space left on device", 3),
     (storage_outage, 6, "failed", "Input/output error", None),
+    (hung_disk, 6, "failed", "no image was loaded", None),
     (terminated, 143, "stopped", "SIGTERM", FAULT_STEP + 1),
     (interrupted, 130, "stopped", "SIGINT", FAULT_STEP + 1),
     (stop_file, 0, "stopped", "STOP was there", FAULT_STEP + 1),

@@ -15,9 +15,10 @@ import psutil
 import pytest
 import torch
 
-from dataset_loader import DataLoader, Position
+from Configuration_System import DataSection
+from dataset_loader import DataLoader, LoadOptions, Position
 from tagger.batch import Batch
-from tagger.data import ring
+from tagger.data import patience, ring
 from tagger.data.ring import LoaderProcessError, LoaderTraceback
 from tagger.errors import DataFailureError, StorageError
 from tests.faulty_images import FaultyImages
@@ -104,6 +105,14 @@ def test_processes_give_the_same_bytes_as_threads_through_all_that_a_run_does(op
     assert all(torch.equal(batch.images, copy) for (batch, _), copy in zip(kept, copies, strict=True))
 
 
+def test_fewer_processes_than_asked_for_are_said_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert LoadOptions.from_config(DataSection(num_processes=2, num_threads=2), 16).num_processes == 2
+    assert "loader processes: 2 (as configured), 2 threads" in caplog.text
+    assert LoadOptions.from_config(DataSection(num_processes=2, num_threads=1), 16).num_processes == 1
+    assert "loader processes: 1 (as configured 2; more than threads or batches would stand idle)" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "num_threads", "in_flight"), [(1, 1, 4), (1, 4, 1), (2, 2, 4), (2, 4, 2)])
 def test_the_same_seed_and_epoch_give_the_same_bytes(
@@ -132,7 +141,7 @@ def test_the_same_seed_and_epoch_give_the_same_bytes(
 
 @pytest.mark.slow
 def test_a_killed_process_is_replaced_and_no_sample_is_lost_or_repeated(
-    open_loaders: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    open_loaders: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     threads, _ = open_loaders()
     expected = epoch_of(threads, 1)
@@ -140,11 +149,11 @@ def test_a_killed_process_is_replaced_and_no_sample_is_lost_or_repeated(
     victim = rows_of(expected)[13]
     use(loader, victim, "die", tmp_path / "died")
     assert_same(epoch_of(loader, 1), expected)
-    assert "was ended by signal 9" in caplog.text and "starting it again (1 of 3)" in caplog.text
+    assert "was ended by signal 9" in caplog.text and "starting it again (1 of 3 in 60 minutes)" in caplog.text
     assert str(path_of(loader, victim)) in caplog.text
     # While nothing is asked of it, and in the middle of a pass.
     os.kill(loader._ring.process_ids[0], signal.SIGKILL)
-    wait_until(lambda: "(2 of 3)" in caplog.text)
+    wait_until(lambda: "(2 of 3 in" in caplog.text)
     assert_same(epoch_of(loader, 1), expected)
     found = []
     for batch, position in loader:
@@ -152,6 +161,11 @@ def test_a_killed_process_is_replaced_and_no_sample_is_lost_or_repeated(
         if len(found) == 2:
             os.kill(loader._ring.process_ids[1], signal.SIGKILL)
     assert_same(found, expected)
+    # A fourth is too many within the hour, and not after it.
+    monkeypatch.setattr(patience, "RESTART_WINDOW_S", 0.0)
+    os.kill(loader._ring.process_ids[0], signal.SIGKILL)
+    wait_until(lambda: "(1 of 3 in 0 minutes, 4 since the start)" in caplog.text)
+    assert_same(epoch_of(loader, 1), expected)
     assert loader.refused == 0
 
 
@@ -175,7 +189,8 @@ def test_a_hung_process_is_noticed_with_its_stack_and_replaced(
     monkeypatch.setattr(ring, "HANG_S", 2.0)
     threads, _ = open_loaders()
     expected = epoch_of(threads)
-    loader, _ = open_loaders(data__num_processes=1)
+    # One batch ahead, so that not all is prepared when the process is stopped.
+    loader, _ = open_loaders(data__num_processes=1, data__prefetch_batches=1)
     use(loader, rows_of(expected)[17], "hang", tmp_path / "hung")
     assert_same(epoch_of(loader), expected)
     assert "hung: no image begun for 2 s" in caplog.text
@@ -183,8 +198,12 @@ def test_a_hung_process_is_noticed_with_its_stack_and_replaced(
     caplog.clear()
     wait_until(lambda: not loader._ring._state.seats[0].ending)
     stopped = loader._ring.process_ids[0]
-    os.kill(stopped, signal.SIGSTOP)
-    assert_same(epoch_of(loader), expected)
+    found = []
+    for batch, position in loader:
+        found.append((batch, position))
+        if len(found) == 2:
+            os.kill(stopped, signal.SIGSTOP)
+    assert_same(found, expected)
     assert "hung" in caplog.text
     wait_until(lambda: is_gone(stopped))
 

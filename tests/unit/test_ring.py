@@ -22,7 +22,12 @@ from tagger.errors import DataFailureError, StorageError
 from tests.faulty_images import OddError
 
 
-def test_a_block_is_the_same_memory_wherever_it_is_attached() -> None:
+@pytest.mark.parametrize("without", [(), ("memfd_create",)], ids=["linux", "macos"])
+def test_a_block_is_the_same_memory_wherever_it_is_attached(
+    monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...]
+) -> None:
+    for name in without:
+        monkeypatch.delattr(os, name, raising=False)
     block = SharedBlock.create(5000)
     assert not block.array.any() and block.array.shape == (5000,)
     other = SharedBlock.attach(block.num_bytes, block.handle)
