@@ -48,9 +48,7 @@ class _IndexedImages:
     def __init__(self, index: MetadataIndex, vocabulary: TagVocabulary) -> None:
         self.index = index
         self.vocabulary = vocabulary
-        numbers = [vocabulary.get(tag) for tag in index.tag_names]
-        ratings = [None, *(vocabulary.get(tag) for tag in RATING_TAGS)]
-        self.table = TagTable(index, _absent_as_minus_1(numbers), _absent_as_minus_1(ratings), len(vocabulary))
+        self.table = TagTable.create(index, vocabulary.get, len(vocabulary), RATING_TAGS)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -64,10 +62,6 @@ class _IndexedImages:
             message = "the size of %d of %d images is not known; they are batched with the square ones"
             logger.warning(message, num_unknown, len(sizes))
         return sizes
-
-
-def _absent_as_minus_1(numbers: list[int | None]) -> NDArray[np.int64]:
-    return np.array([-1 if number is None else number for number in numbers], dtype=np.int64)
 
 
 class SidecarJsonDataset(_IndexedImages):

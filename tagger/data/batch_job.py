@@ -6,6 +6,7 @@ AssertionError, to touch a row that is held out.
 """
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -36,9 +37,9 @@ _MAX_ATTEMPTS = 64
 
 
 class Coin(Protocol):
-    """Which images are to be mirrored in an epoch: bool [N] for `image_ids`, uint64 [N]."""
+    """Which images are to be mirrored in an epoch: bool [N] for `image_ids`, uint64 [N], of `rows`, int64 [N]."""
 
-    def toss(self, image_ids: NDArray[np.uint64], epoch: int) -> Flags: ...
+    def toss(self, image_ids: NDArray[np.uint64], epoch: int, rows: Rows | None = None) -> Flags: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,18 @@ class TagTable:
     index_of: NDArray[np.int64]
     index_of_rating: NDArray[np.int64]
     num_tags: int
+
+    @classmethod
+    def create(
+        cls, index: MetadataIndex, get: Callable[[str], int | None], num_tags: int, rating_tags: Sequence[str]
+    ) -> "TagTable":
+        """get: the vocabulary's index of a tag, or None. rating_tags: the tag of each rating of RATINGS.
+
+        Raises FormatError for an index that has come to harm: whoever trains must not learn its tags.
+        """
+        index.verify()
+        numbers = [get(tag) for tag in index.tag_names]
+        return cls(index, _absent_as_minus_1(numbers), _absent_as_minus_1([None, *map(get, rating_tags)]), num_tags)
 
     def own_tags(self, rows: Rows) -> tuple[Rows, Rows]:
         """The index's own tag numbers of rows, in vocabulary or not: (numbers [T], place of each in `rows` [T])."""
@@ -75,6 +88,10 @@ class TagTable:
         return pack(tags, places, len(rows), self.num_tags)
 
 
+def _absent_as_minus_1(numbers: list[int | None]) -> NDArray[np.int64]:
+    return np.array([-1 if number is None else number for number in numbers], dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Mirroring:
     """Which images are mirrored and what their tags become.
@@ -89,7 +106,7 @@ class Mirroring:
 
     def decide(self, table: TagTable, rows: Rows, epoch: int) -> tuple[Flags, Flags]:
         """(mirrored bool [N], vetoed bool [N]): the coin says mirror, and the tags allow it or not."""
-        wanted = self.coin.toss(table.index.image_ids[rows], epoch)
+        wanted = self.coin.toss(table.index.image_ids[rows], epoch, rows)
         numbers, places = table.own_tags(rows)
         forbidden = np.bincount(places[self.forbids[numbers]], minlength=len(rows)) > 0
         return wanted & ~forbidden, wanted & forbidden
