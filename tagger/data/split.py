@@ -152,7 +152,7 @@ def split_index(
 
 
 def path_ids(index: MetadataIndex) -> NDArray[np.uint64]:
-    """uint64 [N]: `stable_id` of each image's path below its root, without suffix as a stem is. 1.5 s a million rows."""
+    """uint64 [N]: `stable_id` of each image's path below its root, without suffix; 1.5 s a million rows."""
     # Not a column of the index: 8 bytes a row that few need.
     ids = np.empty(len(index), dtype=np.uint64)
     for start in range(0, len(ids), _PATH_CHUNK):
