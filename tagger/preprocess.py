@@ -72,7 +72,7 @@ class Preprocess:
         shapes = aspect_shapes(image_size, patch_size) if fit == "buckets" else ()
         preprocess = cls(image_size, background, shapes=shapes, decode_scaling=decode_scaling)
         if shapes and (share := preprocess.useful_share()) < _GOOD_SHARE:
-            _log.warning(
+            _log.info(
                 "data.fit=buckets: a square of %d patches a side has %d shapes, so that %.0f %% of the tokens show the "
                 "image; data.image_size=%d or a smaller model.patch_size gives %.0f %% and more",
                 image_size // patch_size, len(shapes), 100 * share, 11 * patch_size, 100 * _GOOD_SHARE,

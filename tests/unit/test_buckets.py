@@ -1,5 +1,7 @@
 """The shapes of the aspect buckets hold what they promise, measured over a fine grid of aspects."""
 
+import logging
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,6 +38,7 @@ def test_the_documented_shares() -> None:
 
 
 def test_a_square_of_few_patches_says_what_its_bars_cost(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     for side in range(11, 40):
         Preprocess.create(side * 16, "buckets", 16)
     Preprocess.create(128, "letterbox", 16)

@@ -36,8 +36,7 @@ def test_lines_are_few_and_say_which_loader_and_nothing_is_uncounted(
 ) -> None:
     for row in range(200):
         ledger.judge([refused(row), refused(row)])
-    assert len(caplog.records) == 10 and len(ledger.refusals) == 200
-    assert all(record.getMessage().startswith("left out of validation: /set/") for record in caplog.records)
+    assert caplog.text.count("left out of validation: /set/") == 10 and len(ledger.refusals) == 200
     with caplog.at_level(logging.INFO):
         ledger.report()
     assert "images left out of validation or used in part, so far: missing 200; in quarantine: 0" in caplog.text
@@ -50,7 +49,7 @@ def test_a_file_that_comes_back_is_forgotten_and_told_again_when_it_goes(
         ledger.judge([refused(7), refused(8, "truncated", bytes_failed=True)])
         ledger.judge([Outcome(1, None), Outcome(7, None), Outcome(8, None, mended=True)])
         assert ledger.refusals == () and ledger.num_quarantined == 0
-    assert len(caplog.records) == 6
+    assert caplog.text.count("left out of validation: ") == 6
 
 
 def test_a_run_with_files_that_come_and_go_is_not_stopped_for_them(tmp_path: Path) -> None:
