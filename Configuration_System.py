@@ -65,6 +65,7 @@ class DataSection:
     index_dir: str = ".tagsmith/index"
     cache_dir: str | None = None
     val_list: str | None = None
+    split_key: Literal["name", "path"] = "name"
     val_fraction: float = 0.05
     calib_fraction: float = 0.0
     test_fraction: float = 0.0
@@ -77,6 +78,7 @@ class DataSection:
     max_megapixels: float = 200.0
     decode_scaling: Literal["safe", "tight", "off"] = "safe"
     partial_images: bool = False
+    max_refused_fraction: float = 0.001
     num_processes: int | None = None
     num_threads: int | None = None
     prefetch_batches: int = 4
@@ -97,6 +99,7 @@ class DataSection:
         require(1 <= cap < math.inf, f"data.sampling_cap={cap} is below 1 or not finite", "10: at most 10 times")
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
         fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
+        fraction("data", max_refused_fraction=self.max_refused_fraction)
         bits = self.near_duplicate_bits
         require(
             0 <= bits <= 8, f"data.near_duplicate_bits={bits} is not 0 to 8", "3 finds resized and recompressed copies"

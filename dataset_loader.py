@@ -114,6 +114,7 @@ class LoadOptions:
     them. num_threads: decoding threads in all (None: by the machine). prefetch_batches: batches prepared ahead; each
     takes 3 * image_size ** 2 bytes an image. num_processes: loader processes that the threads are spread over (0: this
     one). pin_memory: page-lock their memory for CUDA. cache: small copies to read instead of the files.
+    max_refused_fraction: share of the files that a `FailureBudget` puts up with.
     """
 
     preprocess: Preprocess
@@ -124,6 +125,7 @@ class LoadOptions:
     num_processes: int = 0
     pin_memory: bool = False
     cache: ShrinkCache | None = None
+    max_refused_fraction: float = 0.001
 
     @property
     def decoding(self) -> DecodeOptions:
@@ -163,6 +165,7 @@ class LoadOptions:
             num_processes,
             on_cuda,
             cache,
+            section.max_refused_fraction,
         )
 
 
@@ -245,14 +248,16 @@ class DataLoader:
         budget: FailureBudget | None = None,
         quarantine: Quarantine | None = None,
         sampler: RowSampler | None = None,
+        keys: NDArray[np.uint64] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served.
 
         quarantine: the memory of broken files, shared by the loaders of a run; None: one that ends with this loader.
-        sampler: another order of `rows` and `seed` than each row once. rank, world_size: serve one of the equal shares
-        of each step; `batch_size` is that of one rank.
+        sampler: another order of `rows` and `seed` than each row once. keys: uint64 over the index, what a position
+        knows images by (None: stems). rank, world_size: serve one of the equal shares of each step; `batch_size` is
+        that of one rank.
         """
         if not len(rows) or batch_size < 1:
             raise ValueError(f"{len(rows)} rows in batches of {batch_size}: each must be at least 1")
@@ -262,7 +267,9 @@ class DataLoader:
         self.dataset = dataset
         self.options = options
         quarantine = quarantine or Quarantine(None, describe_decoder(options.decoding))
-        self.ledger = ImageLedger(dataset.index, budget or FailureBudget(len(rows)), quarantine)
+        purpose, most = "validation" if seed is None else "training", options.max_refused_fraction
+        budget = budget or FailureBudget(len(rows), max_fraction=most)
+        self.ledger = ImageLedger(dataset.index, budget, quarantine, purpose)
         images = ImageSource(ImageReader(dataset.index, options.cache), options.preprocess, options.decoding)
         sampler = sampler or RowSampler(rows, seed)
         assert sampler.seed == seed and len(sampler) == len(rows)
@@ -272,7 +279,7 @@ class DataLoader:
         self._identity = {
             "seed": -1 if seed is None else seed,
             "rows": len(rows),
-            "rows_hash": hash_rows(dataset.index.image_ids, rows),
+            "rows_hash": hash_rows(dataset.index.image_ids if keys is None else keys, rows),
             "sampling": sampler.scheme,
             "corrections": 0 if dataset.index.corrections is None else dataset.index.corrections.hash,
         }
@@ -295,12 +302,12 @@ class DataLoader:
 
     @property
     def refused(self) -> int:
-        """Files left out so far, each counted once."""
+        """Files left out so far and not used since, each counted once."""
         return len(self.ledger.refusals)
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """Files left out so far, and why."""
+        """Files left out so far and not used since, and why."""
         return self.ledger.refusals
 
     def __len__(self) -> int:
@@ -411,6 +418,7 @@ def split_dataset(section: DataSection, index: MetadataIndex) -> Split:
         section.calib_fraction,
         section.test_fraction,
         val_list=Path(section.val_list) if section.val_list is not None else None,
+        key=section.split_key,
         near_duplicate_bits=section.near_duplicate_bits if section.group_near_duplicates else None,
         stratified=section.stratified_split,
     )
@@ -446,7 +454,7 @@ def create_dataloaders(
     `ontology`, that of `vocabulary`, says which tags the tags of sidecars stand for.
     Raises InputError for a data set or a split that cannot be used.
     """
-    data = config.data
+    data, seed = config.data, config.training.seed
     index = index if index is not None else open_dataset(data)
     dataset = (
         SidecarJsonDataset(data.roots, vocabulary, index=index, ontology=ontology)
@@ -465,17 +473,13 @@ def create_dataloaders(
         config.training.batch_size,
         options,
         held_out=split.others(Part.TRAIN),
-        seed=config.training.seed,
-        mirroring=create_mirroring(config.orientation, dataset, config.training.seed),
+        seed=seed,
+        mirroring=create_mirroring(config.orientation, dataset, seed),
         quarantine=quarantine,
         sampler=create_sampler(
-            data.sampling,
-            dataset.table,
-            split.training_rows,
-            config.training.seed,
-            power=data.sampling_power,
-            cap=data.sampling_cap,
+            data.sampling, dataset.table, split.training_rows, seed, power=data.sampling_power, cap=data.sampling_cap
         ),
+        keys=split.keys,
     )
     validation = DataLoader(
         dataset,
@@ -484,6 +488,7 @@ def create_dataloaders(
         options,
         held_out=split.others(Part.VAL),
         quarantine=quarantine,
+        keys=split.keys,
     )
     logger.info("%s", split.describe())
     return train, validation

@@ -48,6 +48,7 @@ _HARMLESS = re.compile(
 _DIRECTIONAL = re.compile(
     "left|right|(?<![a-z])(?:facing|looking|pointing|turned|profile|view[_: -]from)(?![a-z])", re.IGNORECASE | re.ASCII
 )
+_ROW_STREAM = stable_id("mirror/row")
 _SINGLE = re.compile("single[_ -]", re.IGNORECASE | re.ASCII)
 
 
@@ -218,12 +219,18 @@ class OrientationHandler:
         return table
 
     def decide(
-        self, stem: str, tags: Iterable[str], epoch: int, coin: "MirrorCoin", vocabulary: TagVocabulary | None = None
+        self,
+        stem: str,
+        tags: Iterable[str],
+        epoch: int,
+        coin: "MirrorCoin",
+        vocabulary: TagVocabulary | None = None,
+        row: int | None = None,
     ) -> bool:
         """Whether one image is mirrored in an epoch: the rule that every vectorised path must agree with."""
         if any(self.veto(tag, vocabulary) is not Veto.NONE for tag in tags):
             return False
-        return coin.toss_one(stem, epoch)
+        return coin.toss_one(stem, epoch, row)
 
     def _swap_once(self, tag: str) -> Swap:
         if tag in self.map.symmetric:
@@ -250,9 +257,10 @@ class OrientationHandler:
 
 @dataclass(frozen=True)
 class MirrorCoin:
-    """Which images are mirrored in an epoch, vetoes aside: a hash of (image id, epoch, seed).
+    """Which images are mirrored in an epoch, vetoes aside: a hash of (row, epoch, seed), as augmentation is.
 
-    The same in every process and after every resume. Stems of `never` and `force` override the coin, also at
+    By the row and not the stem, or all images of one name would turn together; an image of no data set goes by its
+    stem. The same in every process and after every resume. Stems of `never` and `force` override the coin, also at
     probability 0; nothing overrides a veto, and a forced image's tags swap like any other's.
     """
 
@@ -274,9 +282,12 @@ class MirrorCoin:
         """A coin with lists from files (one stem a line; empty lines and lines that begin with `# ` are skipped)."""
         return cls(probability, seed, _read_stems(never_file), _read_stems(force_file))
 
-    def toss(self, image_ids: NDArray[np.uint64], epoch: int) -> NDArray[np.bool_]:
-        """The coin of each image, [N] bool; `image_ids` are `stable_id` of the stems, [N] uint64."""
-        hashed = np.asarray(mix(image_ids, epoch, self.seed), dtype=np.uint64)
+    def toss(
+        self, image_ids: NDArray[np.uint64], epoch: int, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.bool_]:
+        """The coin of each image, [N] bool; `image_ids` are `stable_id` of the stems, uint64; `rows` are an index's."""
+        keys = image_ids if rows is None else mix(_ROW_STREAM, rows)
+        hashed = np.asarray(mix(keys, epoch, self.seed), dtype=np.uint64)
         heads: NDArray[np.bool_] = uniform(hashed) < self.probability
         if self.never:
             heads &= ~np.isin(image_ids, self._never_ids)
@@ -284,11 +295,12 @@ class MirrorCoin:
             heads |= np.isin(image_ids, self._force_ids)
         return heads
 
-    def toss_one(self, stem: str, epoch: int) -> bool:
+    def toss_one(self, stem: str, epoch: int, row: int | None = None) -> bool:
         """The coin of one image."""
         if stem in self.never:
             return False
-        return stem in self.force or uniform(mix(stable_id(stem), epoch, self.seed)) < self.probability
+        key = stable_id(stem) if row is None else mix(_ROW_STREAM, row)
+        return stem in self.force or uniform(mix(key, epoch, self.seed)) < self.probability
 
     def unknown_stems(self, image_ids: NDArray[np.uint64]) -> tuple[str, ...]:
         """Listed stems that no image has, for a warning: a list with file names in place of stems does nothing."""

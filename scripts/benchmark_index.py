@@ -197,11 +197,12 @@ def make_large_index(home: Path, num_rows: int) -> Path:
 
 @dataclass(frozen=True)
 class Reopen:
-    """Seconds to open an index and to ask it what a start asks, and the memory that this takes."""
+    """Seconds to open an index, to ask it what a start asks and to verify every byte; the memory of the first two."""
 
     num_rows: int
     load_s: float
     start_s: float
+    verify_s: float
     rss_mb: float
 
 
@@ -212,6 +213,7 @@ def measure_reopen(scratch: Path, num_rows: int, turns: int) -> Reopen:
     before = process.memory_info().rss
     load_s: list[float] = []
     start_s: list[float] = []
+    verify_s: list[float] = []
     for _ in range(turns):
         started = time.perf_counter()
         index = MetadataIndex.load(path)
@@ -222,8 +224,14 @@ def measure_reopen(scratch: Path, num_rows: int, turns: int) -> Reopen:
         index.record(num_rows // 2)
         start_s.append(time.perf_counter() - started)
     grown = process.memory_info().rss - before
+    for _ in range(turns):
+        index = MetadataIndex.load(path)
+        started = time.perf_counter()
+        index.verify()
+        verify_s.append(time.perf_counter() - started)
     shutil.rmtree(scratch / "large")
-    return Reopen(num_rows, statistics.median(load_s), statistics.median(start_s), grown / 1e6)
+    load, start, verify = (statistics.median(times) for times in (load_s, start_s, verify_s))
+    return Reopen(num_rows, load, start, verify, grown / 1e6)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -275,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (f"opening {reopen.num_rows:,} rows, ms", f"{1000 * reopen.load_s:.1f}"),
         ("... and what a start asks of it, ms", f"{1000 * reopen.start_s:.1f}"),
         ("... memory of the process for that, MB", f"{reopen.rss_mb:.1f}"),
+        ("... checking every byte of it, once a start, ms", f"{1000 * reopen.verify_s:.1f}"),
     )
     for row in rows:
         table.add_row(*row)

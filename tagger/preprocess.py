@@ -5,6 +5,7 @@ a resize that is nearly the same moves every score.
 """
 
 import itertools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from tagger.files import FormatError, read_json, write_json
 FORMAT_VERSION = 2
 INTERPOLATION = "bicubic"
 _LARGEST_SIDE = 1 << 16
+_GOOD_SHARE = 0.96  # of useful tokens; squares of 10 patches a side and more reach it
+_EVEN_ASPECTS = np.exp(np.linspace(-np.log(2.0), np.log(2.0), 401))
+
+_log = logging.getLogger(__name__)
 
 Fit = Literal["letterbox", "buckets"]
 
@@ -60,9 +65,24 @@ class Preprocess:
         *,
         decode_scaling: DctScaling = "safe",
     ) -> "Preprocess":
-        """What `fit` means for a model of `patch_size`; ValueError where a square is too small for buckets."""
+        """What `fit` means for a model of `patch_size`; ValueError where a square is too small for buckets.
+
+        Logs how much of the tokens buckets of a small square leave to bars.
+        """
         shapes = aspect_shapes(image_size, patch_size) if fit == "buckets" else ()
-        return cls(image_size, background, shapes=shapes, decode_scaling=decode_scaling)
+        preprocess = cls(image_size, background, shapes=shapes, decode_scaling=decode_scaling)
+        if shapes and (share := preprocess.useful_share()) < _GOOD_SHARE:
+            _log.info(
+                "data.fit=buckets: a square of %d patches a side has %d shapes, so that %.0f %% of the tokens show the "
+                "image; data.image_size=%d or a smaller model.patch_size gives %.0f %% and more",
+                image_size // patch_size, len(shapes), 100 * share, 11 * patch_size, 100 * _GOOD_SHARE,
+            )  # fmt: skip
+        return preprocess
+
+    def useful_share(self) -> float:
+        """Share of the square's tokens that show the image, for aspects spread evenly over 1:2 .. 2:1, 0..1."""
+        sizes = [self.content_size(100_000, round(100_000 * aspect)) for aspect in _EVEN_ASPECTS]
+        return float(np.mean([height * width for height, width in sizes])) / self.image_size**2
 
     @property
     def fit(self) -> Fit:

@@ -38,9 +38,9 @@ _MAX_ATTEMPTS = 64
 
 
 class Coin(Protocol):
-    """Which images are to be mirrored in an epoch: bool [N] for `image_ids`, uint64 [N]."""
+    """Which images are to be mirrored in an epoch: bool [N] for `image_ids`, uint64 [N], of `rows`, int64 [N]."""
 
-    def toss(self, image_ids: NDArray[np.uint64], epoch: int) -> Flags: ...
+    def toss(self, image_ids: NDArray[np.uint64], epoch: int, rows: Rows | None = None) -> Flags: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ class TagTable:
         num_tags: int,
         ontology: Ontology | None = None,
     ) -> "TagTable":
-        """The table of a vocabulary that numbers tags by `number_of`; `rating_tags` in the order of rating codes."""
+        """The table of a vocabulary that numbers tags by `number_of`; `rating_tags` in the order of rating codes.
+
+        Raises FormatError for an index that has come to harm: whoever trains must not learn its tags.
+        """
+        index.verify()
         numbers = np.array([_or_minus_1(number_of(tag)) for tag in index.tag_names], dtype=np.int64)
         ratings = np.array([-1, *(_or_minus_1(number_of(tag)) for tag in rating_tags)], dtype=np.int64)
         expansion = None if ontology is None else expand(ontology, index.tag_names, number_of)
@@ -121,7 +125,7 @@ class Mirroring:
 
     def decide(self, table: TagTable, rows: Rows, epoch: int) -> tuple[Flags, Flags]:
         """(mirrored bool [N], vetoed bool [N]): the coin says mirror, and the tags allow it or not."""
-        wanted = self.coin.toss(table.index.image_ids[rows], epoch)
+        wanted = self.coin.toss(table.index.image_ids[rows], epoch, rows)
         numbers, places = table.own_tags(rows)
         forbidden = np.bincount(places[self.forbids[numbers]], minlength=len(rows)) > 0
         return wanted & ~forbidden, wanted & forbidden

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from tagger.files import FormatError
+
 _HEADER_BYTES = 128
 _COPY_ITEMS = 1 << 22
 
@@ -78,9 +80,12 @@ class ColumnWriter:
 
 
 def open_column(path: Path) -> NDArray[Any]:
-    """A column, memory-mapped and read-only."""
-    # A plain view of the map: np.memmap's own indexing costs several times an ndarray's.
-    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    """A column, memory-mapped and read-only. Raises FormatError where its head is not that of a column."""
+    try:
+        # A plain view of the map: np.memmap's own indexing costs several times an ndarray's.
+        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except Exception as error:  # NumPy parses the head as text, which fails in as many ways as text can be wrong
+        raise FormatError(f"column {path} is damaged: its head cannot be read") from error
     return mapped
 
 

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from tagger.data.columns import open_column, write_column
 from tagger.data.generations import Generation, clean_up, newest_first
 from tagger.data.headers import FileHeader, read_header
+from tagger.data.manifest import read_manifest, verify_files, write_manifest
 from tagger.data.pairs import as_int64
 from tagger.files import FormatError, read_json
 
-FORMAT_VERSION = 1
-_META = "meta.json"
+FORMAT_VERSION = 2
 _BROKEN = "broken.json"
 _COLUMNS = ("widths", "heights", "file_sizes", "file_mtimes")
 _CHUNK_ROWS = 512
@@ -53,9 +53,8 @@ class ImageHeaders:
 
     @classmethod
     def load(cls, path: Path) -> "ImageHeaders":
-        """Open the headers in a folder; raises FormatError when they are damaged or newer."""
-        meta = read_json(path / _META, "image headers", FORMAT_VERSION)
-        check_sizes(path, meta["sizes"], "image headers")
+        """Open the headers in a folder; raises FormatError when their sizes are wrong or they are newer."""
+        meta = read_manifest(path, "image headers", FORMAT_VERSION)
         columns = {name: open_column(path / f"{name}.npy") for name in _COLUMNS}
         return cls(path, **columns, num_broken=meta["num_broken"])
 
@@ -108,7 +107,9 @@ def newest_headers(folder: Path) -> ImageHeaders | None:
     """The latest headers that stand in the folder of an index; of some rows they may know nothing yet."""
     for path in newest_first(folder):
         try:
-            return ImageHeaders.load(path)
+            found = ImageHeaders.load(path)
+            verify_files(path, read_manifest(path, "image headers", FORMAT_VERSION)["files"], "image headers")
+            return found
         except FormatError as error:
             _log.warning("%s; reading them anew", error)
     return None
@@ -166,14 +167,6 @@ def read_headers(
     return ImageHeaders.load(path)
 
 
-def check_sizes(path: Path, sizes: dict[str, int], kind: str) -> None:
-    """Raise FormatError unless the files in a folder have the sizes in bytes that they were written with."""
-    for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != size:
-            raise FormatError(f"{kind} {path} is damaged: {name} has {found} bytes, expected {size}; delete the folder")
-
-
 def _read_rows(
     rows: range, paths_of: PathsOf, sizes: NDArray[np.uint64], mtimes: NDArray[np.int64]
 ) -> list[tuple[int, FileHeader]]:
@@ -205,11 +198,6 @@ def _write(columns: _Columns, folder: Path) -> Path:
         sizes = {f"{name}.npy": write_column(generation.folder / f"{name}.npy", arrays[name]) for name in _COLUMNS}
         broken = [[row, reason] for row, reason in sorted(columns.broken.items())]
         sizes[_BROKEN] = generation.write_json(_BROKEN, {"format_version": FORMAT_VERSION, "broken": broken})
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "num_rows": len(columns.widths),
-            "num_broken": len(broken),
-            "sizes": sizes,
-        }
-        generation.write_json(_META, meta)
+        meta = {"format_version": FORMAT_VERSION, "num_rows": len(columns.widths), "num_broken": len(broken)}
+        write_manifest(generation.folder, sizes, meta)
         return generation.commit("headers")

@@ -23,12 +23,13 @@ from tagger.data.annotations import add_annotation_rows
 from tagger.data.columns import open_column
 from tagger.data.corrections import Corrections, read_corrections
 from tagger.data.generations import Generation, clean_up, newest_first
-from tagger.data.header_columns import ImageHeaders, carry_headers, check_sizes, newest_headers, read_headers
+from tagger.data.header_columns import ImageHeaders, carry_headers, newest_headers, read_headers
 from tagger.data.index_build import RowWriter
 from tagger.data.index_fingerprint import digest_of_scan, fingerprint_of
 from tagger.data.index_problems import problems_content, read_problems
 from tagger.data.index_progress import Ahead, Of, Progress
 from tagger.data.index_update import OldRows, Update, add_scanned_rows, problems_by_sidecar
+from tagger.data.manifest import read_manifest, verify_files, write_manifest
 from tagger.data.ragged import Numbers, gather
 from tagger.data.scan import (
     DatasetError,
@@ -47,8 +48,7 @@ from tagger.record import Record
 
 __all__ = ["DatasetError", "MetadataIndex", "Rejected", "Update", "open_index"]
 
-FORMAT_VERSION = 2
-_META = "meta.json"
+FORMAT_VERSION = 3
 _TAGS = "tags.json"
 _PROBLEMS = "problems.json"
 
@@ -98,6 +98,8 @@ def _open_rows(
     parent = index_dir.expanduser().resolve()
     home = parent / _key(folders, fields, source)
     generations = _readable_generations(home)
+    while generations and not generations[0]._is_sound():
+        del generations[0]
     old = generations[0] if generations and source is None else None
     problems = Problems()
     scans: list[FolderScan] = []
@@ -116,7 +118,7 @@ def _open_rows(
     scanned = digest_of_scan(scans, problems, source)
     fingerprint = fingerprint_of(scanned, scans)
     for index in generations:
-        if index.complete and index.fingerprint == fingerprint:
+        if index.complete and index.fingerprint == fingerprint and index._is_sound():
             os.utime(index.path)  # in use: the clean-up keeps the most recent ones
             index.update = Update(kept=index.num_rows + index.num_refused)
             _log.info("%s", index.update)
@@ -176,9 +178,8 @@ def finish_index(
         "num_refused": sum(item.mark is not None for item in problems.rejected),
         "rating_counts": rows.rating_counts,
         "complete": problems.unreadable == 0,
-        "sizes": sizes,
     }
-    generation.write_json(_META, meta)
+    write_manifest(generation.folder, sizes, meta)
     return generation.commit(fingerprint)
 
 
@@ -199,6 +200,8 @@ class MetadataIndex:
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         """Use `MetadataIndex.load`."""
         self.path = path
+        self._files: dict[str, Any] = meta["files"]
+        self._verified = False
         self.fingerprint: str = meta["fingerprint"]
         self.roots = tuple(Path(root) for root in meta["roots"])
         self.num_rows: int = meta["num_rows"]
@@ -227,16 +230,21 @@ class MetadataIndex:
         self._tag_counts: NDArray[np.int64] = open_column(path / "tag_counts.npy")
         self._root_starts = np.array(meta["root_starts"], dtype=np.int64)
         self._rating_counts: list[int] = meta["rating_counts"]
+        if not self._fits_together():
+            raise FormatError(f"index {path} is damaged: its columns do not fit together")
 
     @classmethod
     def load(cls, path: Path, headers: Path | None = None, corrections: Corrections | None = None) -> "MetadataIndex":
         """Open the index in a folder, from any process, and its image headers in another, if that is named.
 
-        Takes the same time for any number of rows. Raises FormatError when one is damaged or newer.
+        Takes the same time for any number of rows, so it sees wrong sizes and lengths; `verify` sees all damage.
+        Raises FormatError for that, or when one is newer.
         """
-        meta = read_json(path / _META, "index", FORMAT_VERSION)
-        check_sizes(path, meta["sizes"], "index")
-        index = cls(path, meta)
+        meta = read_manifest(path, "index", FORMAT_VERSION)
+        try:
+            index = cls(path, meta)
+        except KeyError as error:
+            raise FormatError(f"index {path} is damaged: {_TAGS} has no {error}") from error
         index.headers = None if headers is None else ImageHeaders.load(headers)
         if corrections is not None:
             index.correct(corrections)
@@ -253,6 +261,18 @@ class MetadataIndex:
         self._tag_counts = grown + corrections.tag_changes
         self._rating_counts = (np.array(self._rating_counts) + corrections.rating_changes).tolist()
         self.ratings = corrections.correct_ratings(self.sidecar_ratings)
+
+    def verify(self) -> None:
+        """Read every byte once, and raise FormatError unless all are as they were written; at once where that was done.
+
+        `open_index` does so for an index that it finds. The sizes of images have checksums of their own.
+        """
+        if not self._verified:
+            try:
+                verify_files(self.path, self._files, "index")
+            except FormatError as error:
+                raise FormatError(f"{error}; a start builds it anew") from error
+            self._verified = True
 
     def read_headers(self, progress: Progress | None = None) -> ImageHeaders:
         """Width and height of every image, read now where a file is new or has changed; kept as `headers`."""
@@ -394,6 +414,26 @@ class MetadataIndex:
             self.sidecar_mtimes,
             refused,
             odd_ratings,
+        )
+
+    def _is_sound(self) -> bool:
+        """Whether all bytes are as they were written; a line says what is not."""
+        try:
+            self.verify()
+        except FormatError as error:
+            _log.warning("%s", error)
+            return False
+        return True
+
+    def _fits_together(self) -> bool:
+        rows, lengths = self.num_rows, (self.image_ids, self.ratings, self.sidecar_sizes, self.sidecar_mtimes)
+        return (
+            all(column is None or len(column) == rows for column in lengths)
+            and len(self._tag_counts) == len(self.tag_names)
+            and all(
+                len(offsets) == rows + 1 and offsets[0] == 0 and offsets[-1] == len(content)
+                for offsets, content in ((self.tag_offsets, self.tag_ids), (self._path_offsets, self._paths))
+            )
         )
 
     def _check_row(self, row: int) -> int:

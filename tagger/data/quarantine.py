@@ -176,7 +176,7 @@ class FailureBudget:
     """Counts refused files against files seen; safe to use from any thread.
 
     Stops the run at more than `max_fraction` of the files seen, once `min_seen` were, or at `max_in_a_row` refusals
-    with no success between. `always_allowed` files are forgiven whatever the fraction, for the sake of small sets.
+    with no success between. A file that is used after all counts no longer. `num_files`: files that there are to see.
     """
 
     def __init__(
@@ -186,41 +186,37 @@ class FailureBudget:
         max_fraction: float = 0.001,
         min_seen: int = 1000,
         max_in_a_row: int = 50,
-        always_allowed: int = 5,
     ) -> None:
         self._num_files = num_files
         self._max_fraction = max_fraction
         self._min_seen = min_seen
         self._max_in_a_row = max_in_a_row
-        self._always_allowed = always_allowed
         self._lock = threading.Lock()
         self._num_tried = 0
         self._in_a_row = 0
         self._reasons: dict[str, str] = {}
-        self._speaker = _Speaker()
         self._failure: str | None = None
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """Every refused file once, in the order of discovery, with the reason of its last refusal."""
+        """Every file that counts as refused, in the order of discovery, with the reason of its last refusal."""
         with self._lock:
             return tuple(Refusal(path, reason) for path, reason in self._reasons.items())
 
-    def accept(self) -> None:
-        """A file was used."""
+    def accept(self, path: str | None = None) -> None:
+        """A file was used; `path`, printable, where it was refused before."""
         with self._lock:
             self._num_tried += 1
             self._in_a_row = 0
+            if path is not None:
+                self._reasons.pop(path, None)
 
     def refuse(self, refusal: Refusal) -> None:
         """A file was left out. Raises DataFailureError past the budget."""
-        name = refusal.path
         with self._lock:
             self._num_tried += 1
             self._in_a_row += 1
-            if name not in self._reasons:
-                self._speaker.say(name, str(refusal))
-            self._reasons[name] = refusal.reason
+            self._reasons[refusal.path] = refusal.reason
             if self._failure is None:
                 self._failure = self._judge()
             if self._failure is not None:
@@ -229,35 +225,16 @@ class FailureBudget:
     def _judge(self) -> str | None:
         # Epochs repeat the same files: a file refused every epoch is one file of the set.
         num_seen = min(self._num_tried, self._num_files)
-        allowed = max(self._always_allowed, int(self._max_fraction * num_seen))
+        # The nearest number below as people count: 0.001 * 3000 is a little less than 3 in binary.
+        allowed = int(self._max_fraction * num_seen + 1e-9)
         if self._in_a_row >= self._max_in_a_row:
             return self._describe(f"{self._in_a_row} images in a row were refused")
         if num_seen >= self._min_seen and len(self._reasons) > allowed:
-            return self._describe(f"{len(self._reasons)} of {num_seen} images were refused, {allowed} are put up with")
+            finding = f"{len(self._reasons)} of {num_seen} images were refused, {allowed} are put up with"
+            return self._describe(finding) + ", or raise data.max_refused_fraction"
         return None
 
     def _describe(self, finding: str) -> str:
         counts = Counter(self._reasons.values()).most_common(3)
         reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
         return f"{finding}: {reasons}; for example {', '.join(list(self._reasons)[:5])}; mend or remove them"
-
-
-class _Speaker:
-    """Logs the first refusals one by one, then one line for many."""
-
-    _FIRST_LINES = 10
-    _INTERVAL_S = 30.0
-
-    def __init__(self) -> None:
-        self._num_said = 0
-        self._num_held_back = 0
-        self._last = time.monotonic()
-
-    def say(self, name: str, reason: str) -> None:
-        now = time.monotonic()
-        if self._num_said >= self._FIRST_LINES and now - self._last < self._INTERVAL_S:
-            self._num_held_back += 1
-            return
-        more = f" (and {self._num_held_back} more since the last such line)" if self._num_held_back else ""
-        logger.warning("left out %s: %s%s", name, reason, more)
-        self._num_said, self._num_held_back, self._last = self._num_said + 1, 0, now

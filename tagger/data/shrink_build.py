@@ -283,6 +283,7 @@ class _Build:
         try:
             if self._manifest.index:
                 with contextlib.closing(ShrinkCache.open(self._folder)) as cache:
+                    cache.verify_tables()
                     self._tables = Tables.of(cache)
                     bad = cache.damaged_shards()
                 self._on_disk = self._tables

@@ -12,6 +12,7 @@ import os
 import threading
 import weakref
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tagger.files import FormatError, read_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 META = "meta.json"
+TABLES_PREFIX = "index-"
 
 # On disk and in memory; the hashes of both tables stand in files of their own, because a binary search copies columns
 # that are not contiguous. An id or key of 16 bytes is a (hash, check) pair of little-endian numbers.
@@ -124,6 +126,14 @@ def split_id(identity: bytes) -> tuple[int, int]:
     return int.from_bytes(identity[:8], "little"), int.from_bytes(identity[8:], "little")
 
 
+def tables_name(shards: Mapping[str, int], *tables: NDArray[np.generic]) -> str:
+    """The name of the folder of tables, a hash of what they hold: entry hashes, entries, path hashes, paths."""
+    digest = hashlib.blake2b(orjson.dumps(shards), digest_size=8)
+    for values in tables:
+        digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return f"{TABLES_PREFIX}{digest.hexdigest()}"
+
+
 class ShrinkCache:
     """An open cache: `read` is safe from any thread, and the object travels to another process as its path.
 
@@ -136,6 +146,7 @@ class ShrinkCache:
         self.folder = folder
         self.recipe = manifest.recipe
         self.form: Form = manifest.form
+        self._tables_name = manifest.index
         home = folder / manifest.index
         meta = read_json(home / META, "tables of a shrink cache", FORMAT_VERSION)
         for name, size in meta["sizes"].items():
@@ -191,7 +202,11 @@ class ShrinkCache:
         return len(self.entries)
 
     def require(self, image_size: int, background: tuple[int, int, int]) -> None:
-        """Raises CacheError unless the copies serve images of this longest side on this background."""
+        """Raises CacheError unless the copies serve images of this longest side on this background.
+
+        Reads the tables as `verify_tables` does: whoever trains asks this first.
+        """
+        self.verify_tables()
         if self.recipe.image_size < image_size:
             raise CacheError(
                 f"data.cache_dir: the copies in {printable(self.folder)} are {self.recipe.image_size} px, "
@@ -203,6 +218,18 @@ class ShrinkCache:
                 f"data.cache_dir: the copies in {printable(self.folder)} lie on background "
                 f"{list(self.recipe.background)}, data.background is {list(background)}; build a cache for it in "
                 "another folder, or set data.cache_dir=null"
+            )
+
+    def verify_tables(self) -> None:
+        """Read both tables, 72 bytes an image at about 1 GB/s; FormatError unless they are as they were written.
+
+        A wrong number in them would pair an image's tags with the copy of another.
+        """
+        tables = self.entry_hashes, self.entries, self.path_hashes, self.paths
+        if tables_name({str(n): size for n, size in self.shard_sizes.items()}, *tables) != self._tables_name:
+            raise FormatError(
+                f"shrink cache {printable(self.folder)} is damaged: the tables in {self._tables_name} are not as they "
+                "were written; start scripts.build_cache again"
             )
 
     def find_path(self, path: str, size: int, mtime_ns: int) -> int:

@@ -5,7 +5,6 @@ interrupted.
 """
 
 import dataclasses
-import hashlib
 import os
 import re
 import shutil
@@ -14,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from tagger.checkpoint.writer import fsync_folder
-from tagger.data.shrink_cache import ENTRY, FORMAT_VERSION, MANIFEST, META, PATH, Manifest, ShrinkCache
+from tagger.data.shrink_cache import ENTRY, FORMAT_VERSION, MANIFEST, META, PATH, Manifest, ShrinkCache, tables_name
 from tagger.data.shrink_shards import shard_size
 from tagger.files import write_json
 
@@ -38,7 +36,6 @@ PATH_ROW = np.dtype(
         ("key_check", "<u8"),
     ]
 )
-_NAME_PREFIX = "index-"
 _TEMPORARY_PREFIX = ".index-"
 _NAME = re.compile(r"index-[0-9a-f]{16}|\.index-.*")
 
@@ -95,10 +92,7 @@ class Tables:
         """Write the tables into a cache and make them its own; gives the new manifest."""
         shards = {str(n): shard_size(folder, int(n), manifest.form) for n in np.unique(self.entries["shard"])}
         arrays = self._arrays()
-        digest = hashlib.blake2b(orjson.dumps(shards), digest_size=8)
-        for values in arrays.values():
-            digest.update(values.tobytes())
-        committed = dataclasses.replace(manifest, index=_NAME_PREFIX + digest.hexdigest(), next_shard=next_shard)
+        committed = dataclasses.replace(manifest, index=tables_name(shards, *arrays.values()), next_shard=next_shard)
         home = folder / committed.index
         # A folder of this name that is not in use was left by a build that was killed here, or is a damaged one.
         if not home.is_dir() or manifest.index != committed.index:

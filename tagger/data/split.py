@@ -1,8 +1,8 @@
 """Which rows are for training, and which are held out: for validation, for calibration, for the final test.
 
-By a hash of the image's id, which knows nothing of the training seed or of the other images, so no image changes part
-when the set grows; validation may be a list of names instead. Near-duplicates can be kept together, and small sets can
-be stratified. Refuses splits with an empty part that was asked for.
+By a hash of the image's name or path, which knows nothing of the training seed or of the other images, so no image
+changes part when the set grows; validation may be a list of names instead. Images like a held-out one can be kept out
+of training, and small sets can be stratified. Refuses splits with an empty part that was asked for.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path, PurePath
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,13 @@ logger = logging.getLogger(__name__)
 _SPLIT_STREAM = stable_id("split/validation")
 _CALIB_STARTS_AT = 0.5
 _HASH_CHUNK = 1 << 20
+_PATH_CHUNK = 1 << 16
+# A part this many times its share, or this much smaller, is worth a line where names are shared.
+_FAR_FROM_SHARE = 2.0
 _SPLIT_FORMAT = "tagsmith split 1"
+
+
+SplitKey = Literal["name", "path"]
 
 
 class SplitError(InputError):
@@ -37,7 +44,7 @@ class SplitError(InputError):
 
 
 class Part(IntEnum):
-    """What a row is for. Where near-duplicates differ, the highest of their parts takes them all.
+    """What a row is for. Of near-duplicates, those of the highest part keep it, and the others are UNUSED.
 
     CALIB is for fitting thresholds, TEST for the one score at the end, VAL for watching training and choosing from it.
     """
@@ -46,11 +53,15 @@ class Part(IntEnum):
     CALIB = 1
     TEST = 2
     VAL = 3
+    UNUSED = 4
 
     @property
     def purpose(self) -> str:
         """The part in words, for messages."""
-        return ("training", "calibration", "test", "validation")[self]
+        return ("training", "calibration", "test", "validation", "no use (copies of held-out images)")[self]
+
+
+_AS_TOLD = (Part.TRAIN, Part.VAL, Part.CALIB, Part.TEST, Part.UNUSED)
 
 
 @dataclass(frozen=True)
@@ -58,24 +69,27 @@ class SplitRule:
     """How a data set is split.
 
     The fractions are of all images; with `val_list`, a file of image names, `val_fraction` is not used and the other
-    two are of the images that the list leaves. near_duplicate_bits: near-duplicates within that distance share a part
-    (None: each image by itself). stratified: by `stratified_parts` instead of by hash.
+    two are of the images that the list leaves. key: what is hashed, the stem (a file that moves to another folder keeps
+    its part, and all files of one name share it) or the path below its root without suffix. near_duplicate_bits: of
+    near-duplicates within that distance only those of one part are used (None: each image by itself). stratified: by
+    `stratified_parts` instead of by hash.
     """
 
     val_fraction: float
     calib_fraction: float = 0.0
     test_fraction: float = 0.0
     val_list: Path | None = None
+    key: SplitKey = "name"
     near_duplicate_bits: int | None = None
     stratified: bool = False
 
 
 @dataclass(frozen=True)
 class Split:
-    """parts: uint8 [N], the `Part` of each row. image_ids: uint64 [N], `stable_id` of each stem."""
+    """parts: uint8 [N], the `Part` of each row. keys: uint64 [N], `stable_id` of what the rule says is hashed."""
 
     parts: NDArray[np.uint8]
-    image_ids: NDArray[np.uint64]
+    keys: NDArray[np.uint64]
 
     def rows(self, part: Part) -> NDArray[np.integer]:
         """The rows of a part, ascending."""
@@ -98,18 +112,18 @@ class Split:
 
     def part_sha256(self, part: Part) -> str:
         """Hash of which images are in a part, whatever their order; it stays when only other parts change."""
-        ids = np.sort(self.image_ids[self.parts == part]).astype("<u8")
+        ids = np.sort(self.keys[self.parts == part]).astype("<u8")
         return hashlib.sha256(f"{_SPLIT_FORMAT} {part.name} {len(ids)}\0".encode() + ids.tobytes()).hexdigest()
 
     @cached_property
     def split_sha256(self) -> str:
-        """Hash of which images are in which part. Images of one stem count as the same image."""
+        """Hash of which images are in which part. Images of one key count as the same image."""
         return hashlib.sha256("".join(self.part_sha256(part) for part in Part).encode()).hexdigest()
 
     def describe(self) -> str:
         """One line for people: images in each part that has any, and the split's hash."""
         counts = np.bincount(self.parts, minlength=len(Part))
-        listed = [f"{counts[part]} images for {part.purpose}" for part in (Part.TRAIN, Part.VAL, Part.CALIB, Part.TEST)]
+        listed = [f"{counts[part]} images for {part.purpose}" for part in _AS_TOLD]
         kept = [text for text in listed if not text.startswith("0 ")]
         return f"{', '.join(kept)}; split {self.split_sha256[:12]}"
 
@@ -125,30 +139,48 @@ def split_index(
         other = "data.val_list" if rule.val_list is not None else "data.group_near_duplicates"
         raise SplitError(f"data.stratified_split and {other} decide about the same images; choose one of them")
     if rule.stratified:
-        parts = _stratify(index, rule)
-        return _checked(Split(parts, index.image_ids), rule)
-    split = split_rows(index.image_ids, index.image_path, rule)
+        return _checked(Split(_stratify(index, rule), index.image_ids), rule)
+    keys = index.image_ids if rule.key == "name" else path_ids(index)
+    split = split_rows(index.image_ids, index.image_path, rule, keys)
     if rule.near_duplicate_bits is None:
         return split
     hashes = image_hashes(index, max_pixels=max_pixels, num_threads=num_threads)
     found = find_near_duplicates(hashes.hashes, hashes.usable, rule.near_duplicate_bits)
-    grouped = Split(join_groups(split.parts, found.labels), index.image_ids)
+    grouped = Split(separate_groups(split.parts, found.labels), keys)
     _report_groups(split.parts, grouped.parts, found)
     return _checked(grouped, rule)
 
 
-def split_rows(image_ids: NDArray[np.uint64], image_path: Callable[[int], PurePath], rule: SplitRule) -> Split:
+def path_ids(index: MetadataIndex) -> NDArray[np.uint64]:
+    """uint64 [N]: `stable_id` of each image's path below its root, without suffix; 1.5 s a million rows."""
+    # Not a column of the index: 8 bytes a row that few need.
+    ids = np.empty(len(index), dtype=np.uint64)
+    for start in range(0, len(ids), _PATH_CHUNK):
+        rows = range(start, min(start + _PATH_CHUNK, len(ids)))
+        ids[rows.start : rows.stop] = [stable_id(index.relative_path(row).rpartition(".")[0]) for row in rows]
+    return ids
+
+
+def split_rows(
+    image_ids: NDArray[np.uint64],
+    image_path: Callable[[int], PurePath],
+    rule: SplitRule,
+    keys: NDArray[np.uint64] | None = None,
+) -> Split:
     """Split rows by the rule's list and by hash, each image by itself.
 
-    image_ids: uint64 [N], `stable_id` of each stem. image_path: row -> path of the image.
-    Raises SplitError when the list cannot be read or a part is empty.
+    image_ids: uint64 [N], `stable_id` of each stem. image_path: row -> path of the image. keys: uint64 [N], what is
+    hashed (None: image_ids). Raises SplitError when the list cannot be read or a part is empty.
     """
+    keys = image_ids if keys is None else keys
     if rule.val_list is None:
-        parts = hashed_parts(image_ids, rule.val_fraction, rule.calib_fraction, rule.test_fraction)
+        parts = hashed_parts(keys, rule.val_fraction, rule.calib_fraction, rule.test_fraction)
     else:
-        parts = hashed_parts(image_ids, 0.0, rule.calib_fraction, rule.test_fraction)
+        parts = hashed_parts(keys, 0.0, rule.calib_fraction, rule.test_fraction)
         parts[listed_mask(image_ids, image_path, read_list(rule.val_list), str(rule.val_list))] = Part.VAL
-    return _checked(Split(parts, image_ids), rule)
+    split = _checked(Split(parts, keys), rule)
+    _report_shared_names(split, rule)
+    return split
 
 
 def hashed_parts(
@@ -185,16 +217,17 @@ def check_fractions(val_fraction: float, calib_fraction: float, test_fraction: f
         )
 
 
-def join_groups(parts: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """uint8 [N]: each row gets the highest `Part` in its group. labels: int64 [N], a row number for each group.
+def separate_groups(parts: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8 [N]: rows of the highest `Part` in their group keep it, the others are UNUSED. labels: int64 [N], a row
+    number for each group.
 
-    So nothing that was held out is ever trained on as the set grows. A newcomer can only join groups, and move its
-    group out of TRAIN (or from CALIB to TEST, or to VAL), never into TRAIN. The price: groups are held out more often
-    than single images.
+    Nobody gets a part that is not his own, so however the set grows no image changes side: a newcomer can only connect
+    groups, and put what is no longer the highest in its group out of use. Following the highest instead would move
+    images that were trained on into VAL. The price: a group is kept from training more often than a single image.
     """
     highest = parts.copy()
     np.maximum.at(highest, labels, parts)
-    return highest[labels]
+    return np.where(parts == highest[labels], parts, np.uint8(Part.UNUSED))
 
 
 def _stratify(index: MetadataIndex, rule: SplitRule) -> NDArray[np.uint8]:
@@ -211,7 +244,7 @@ def _stratify(index: MetadataIndex, rule: SplitRule) -> NDArray[np.uint8]:
     tags[others] = index.tag_ids
     assert tags.max(initial=0) < num_tags + len(RATINGS)
     held_out = {Part.VAL: rule.val_fraction, Part.CALIB: rule.calib_fraction, Part.TEST: rule.test_fraction}
-    fractions = [1.0 - sum(held_out.values()), *(held_out[part] for part in Part if part is not Part.TRAIN)]
+    fractions = [1.0 - sum(held_out.values()), *(held_out[part] for part in Part if part in held_out)]
     return stratified_parts(offsets, tags, index.image_ids, fractions)
 
 
@@ -225,10 +258,10 @@ def _checked(split: Split, rule: SplitRule) -> Split:
         more = "write one image name without its suffix per line, or leave data.val_list out to split by hash"
         fewer = "take names out of the list, or leave data.val_list out to split by hash"
     found = np.bincount(split.parts, minlength=len(Part))
-    if not found[Part.VAL]:
-        raise SplitError(f"{chosen} leaves no image for validation; {more}")
-    if not found[Part.TRAIN]:
-        raise SplitError(f"{chosen} leaves no image for training; {fewer}")
+    for part, remedy in ((Part.VAL, more), (Part.TRAIN, fewer)):
+        if not found[part]:
+            names = _shared_names(split, rule) if rule.val_list is None else ""
+            raise SplitError(f"{chosen} leaves no image for {part.purpose}; {names}{remedy}")
     for part, name, fraction in (
         (Part.CALIB, "calib_fraction", rule.calib_fraction),
         (Part.TEST, "test_fraction", rule.test_fraction),
@@ -236,23 +269,48 @@ def _checked(split: Split, rule: SplitRule) -> Split:
         if fraction and not found[part]:
             raise SplitError(
                 f"data.{name}={fraction} of {len(split.parts)} images leaves no image for {part.purpose}; "
-                f"raise it, or set it to 0"
+                f"{_shared_names(split, rule)}raise it, or set it to 0"
             )
     return split
 
 
+def _shared_names(split: Split, rule: SplitRule) -> str:
+    """Where images share names, and with them a part: that, and what to do, before another remedy; else empty."""
+    num_names = len(np.unique(split.keys))
+    if rule.key == "path" or rule.stratified or num_names == len(split.keys):
+        return ""
+    known = "1 distinct name" if num_names == 1 else f"{num_names} distinct names"
+    return f"the images have only {known}, and those of one name share a part: set data.split_key=path, or "
+
+
+def _report_shared_names(split: Split, rule: SplitRule) -> None:
+    """A line where a part is far from its share because images share names."""
+    found = np.bincount(split.parts, minlength=len(Part)) / len(split.parts)
+    shares = {Part.CALIB: rule.calib_fraction, Part.TEST: rule.test_fraction}
+    if rule.val_list is None:
+        shares[Part.VAL] = rule.val_fraction
+    for part, share in shares.items():
+        far = not share / _FAR_FROM_SHARE <= found[part] <= share * _FAR_FROM_SHARE
+        if far and (names := _shared_names(split, rule)):
+            message = "%.1f %% of the images are for %s, %.1f %% were asked for: %slive with it"
+            logger.warning(message, 100 * found[part], part.purpose, 100 * share, names)
+
+
 def _report_groups(before: NDArray[np.uint8], after: NDArray[np.uint8], found: NearDuplicates) -> None:
     sizes = np.bincount(found.labels, minlength=len(found.labels))
-    moved, held_out = int((before != after).sum()), int((after != Part.TRAIN).sum())
+    unused = after == Part.UNUSED
+    from_training = int((before[unused] == Part.TRAIN).sum())
     logger.info(
-        "near-duplicates: %d groups of %d images, the largest of %d; %d images follow their group out of their part",
-        int((sizes > 1).sum()), int(sizes[sizes > 1].sum()), int(sizes.max()), moved,
+        "near-duplicates: %d groups of %d images, the largest of %d; left out as copies of held-out images: "
+        "%d from training, %d held-out ones",
+        int((sizes > 1).sum()), int(sizes[sizes > 1].sum()), int(sizes.max()), from_training,
+        int(unused.sum()) - from_training,
     )  # fmt: skip
-    if held_out > 2 * int((before != Part.TRAIN).sum()):
+    if from_training > int((before != Part.TRAIN).sum()):
         logger.warning(
-            "near-duplicates: %d of %d images are held out, more than twice what the fractions say; "
+            "near-duplicates: %d of %d images are lost to training, more than twice what the fractions say; "
             "lower data.near_duplicate_bits or the fractions, or name whole groups in data.val_list",
-            held_out, len(after),
+            int((after != Part.TRAIN).sum()), len(after),
         )  # fmt: skip
 
 

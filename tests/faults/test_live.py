@@ -214,9 +214,10 @@ def test_a_file_that_comes_back_is_used_again(root: Path, tmp_path: Path) -> Non
     path.rename(path.with_suffix(".away"))
     for _ in range(3):
         assert row not in rows_of(epoch_of(train, 0))
+    assert [refusal.reason for refusal in train.refusals] == ["missing"] and train.refused == 1
     path.with_suffix(".away").rename(path)
     assert rows_of(epoch_of(train, 0))[0] == row
-    assert [refusal.reason for refusal in train.refusals] == ["missing"]
+    assert train.refusals == () and train.refused == 0
 
 
 def test_a_file_replaced_by_another_image_is_used_as_it_is_now(root: Path, tmp_path: Path) -> None:

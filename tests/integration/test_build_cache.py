@@ -210,7 +210,8 @@ def test_pixels_come_from_the_cache_and_stale_ones_from_the_file(
     num_missed = loader.ledger.num_missed_cache
     assert num_missed > 0
     assert (
-        caplog.messages[-1] == f"{num_missed} images so far came from their files, as they are not in the shrink cache"
+        caplog.messages[-1]
+        == f"{num_missed} images of validation so far came from their files, as they are not in the shrink cache"
     )
 
 

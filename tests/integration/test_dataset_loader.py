@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from tagger.data.quarantine import FailureBudget, FileFacts, read_with_facts
 from tagger.data.split import Part, SplitError
 from tagger.errors import DataFailureError
 from tagger.preprocess import Preprocess
-from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, epoch_of, loaders, path_of, rows_of
+from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, draw, epoch_of, loaders, path_of, rows_of
 
 
 def test_a_batch_holds_what_the_files_hold(root: Path) -> None:
@@ -234,7 +235,8 @@ def test_a_refused_image_is_replaced_recorded_and_never_zeros(root: Path, caplog
     planned = rows_of(epoch_of(train))
     broken = break_files(train, 8) & set(planned)
     caplog.clear()
-    batches = epoch_of(train)
+    with caplog.at_level(logging.INFO):
+        batches = epoch_of(train)
     served = rows_of(batches)
     assert len(served) == len(planned)
     for before, after in zip(planned, served, strict=True):
@@ -247,7 +249,9 @@ def test_a_refused_image_is_replaced_recorded_and_never_zeros(root: Path, caplog
                 assert torch.equal(batch.images[place], expected[row])
     assert train.refused == len(train.refusals) >= len(broken)
     assert {refusal.reason for refusal in train.refusals} <= {"truncated", "missing", "damaged WebP", "damaged JPEG"}
-    assert len([record for record in caplog.records if record.message.startswith("left out")]) == train.refused
+    said = [record.message for record in caplog.records if record.message.startswith("left out of training: ")]
+    assert len(said) == train.refused
+    assert "images left out of training or used in part, so far: " in caplog.text
 
 
 def test_stand_ins_are_the_same_for_any_threads_and_after_resume(root: Path) -> None:
@@ -260,7 +264,7 @@ def test_stand_ins_are_the_same_for_any_threads_and_after_resume(root: Path) -> 
     assert_same(list(other), whole[2:])
 
 
-def test_validation_leaves_a_refused_image_out(root: Path) -> None:
+def test_validation_leaves_a_refused_image_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, validation, _ = loaders(root, validation__batch_size=3)
     rows = rows_of(epoch_of(validation))
     broken = break_files(validation, 4)  # the whole first batch, and one image of the second
@@ -271,6 +275,7 @@ def test_validation_leaves_a_refused_image_out(root: Path) -> None:
     for batch, _ in batches:
         assert len(batch.images) == len(batch.tag_offsets) - 1 == len(batch.valid_sizes) == len(batch)
     assert validation.refused == 4
+    assert caplog.text.count("left out of validation: ") == 4
 
 
 def test_a_folder_of_broken_images_stops_with_reasons_and_paths(root: Path) -> None:
@@ -287,9 +292,9 @@ def test_the_budget_of_a_loader_stops_it(root: Path) -> None:
     train, _, _ = loaders(root)
     source = train._source
     break_files(train, 3)
-    budget = FailureBudget(60, min_seen=1, always_allowed=1)
+    budget = FailureBudget(60, min_seen=1, max_fraction=0.02)
     strict = DataLoader(train.dataset, source.sampler.rows, 8, train.options, seed=1, budget=budget)
-    with pytest.raises(DataFailureError, match="2 of"):
+    with pytest.raises(DataFailureError, match=r"of \d+ images were refused"):
         epoch_of(strict)
 
 
@@ -366,6 +371,44 @@ def test_calibration_and_test_images_are_served_to_neither_loader(root: Path, gr
     assert len(held_out) > 10 and not served & set(held_out.tolist())
     with pytest.raises(ValueError, match="held out"):
         DataLoader(train.dataset, held_out, 4, train.options, held_out=split.others(Part.TRAIN))
+
+
+def test_names_that_all_images_share_are_split_by_path(root: Path, tmp_path: Path) -> None:
+    same = tmp_path / "same"
+    for number, path in enumerate(sorted(root.rglob("*.json"))):
+        (same / f"{number}").mkdir(parents=True)
+        draw(number).save(same / f"{number}" / "image.png")
+        sidecar = {**json.loads(path.read_bytes()), "filename": "image.png"}
+        (same / f"{number}" / "image.json").write_text(json.dumps(sidecar))
+    with pytest.raises(SplitError, match=r"for validation; .* only 1 distinct name, .* set data\.split_key=path"):
+        loaders(same)
+    train, validation, _ = loaders(same, data__split_key="path")
+    assert train.num_rows + validation.num_rows == NUM_IMAGES and 4 <= validation.num_rows <= 20
+    mirrored = np.concatenate([batch.mirrored.numpy() for epoch in range(4) for batch, _ in epoch_of(train, epoch)])
+    assert 0.2 < mirrored.mean() < 0.8
+    assert not mirrored[:8].all() and mirrored[:8].any(), "one coin for all images of one name"
+
+
+def test_another_split_key_is_another_split_to_a_resume(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before, _, _ = loaders(root)
+    position = epoch_of(before)[0][1]
+    train, _, _ = loaders(root, data__split_key="path")
+    with pytest.raises(PositionError, match="images"):
+        train.seek(position)
+    train.seek(train.carry_over(position))
+    assert train.batches_remaining == len(train) and "the images to train on are not those" in caplog.text
+
+
+def test_files_of_one_name_that_change_places_are_noticed_by_path(root: Path) -> None:
+    """By stems alone a position could not tell these two orders apart."""
+    train, _, _ = loaders(root, data__split_key="path")
+    rows, keys = train._source.sampler.rows, np.arange(NUM_IMAGES, dtype=np.uint64)
+    names = np.zeros(NUM_IMAGES, dtype=np.uint64)
+    by_path, by_name = (DataLoader(train.dataset, rows, 8, train.options, seed=1, keys=k) for k in (keys, names))
+    other = DataLoader(train.dataset, rows, 8, train.options, seed=1, keys=keys[::-1].copy())
+    with pytest.raises(PositionError, match="images or split"):
+        other.seek(epoch_of(by_path)[0][1])
+    by_name.seek(epoch_of(by_name)[0][1])
 
 
 def test_an_empty_side_says_what_to_change(root: Path) -> None:

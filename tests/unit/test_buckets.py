@@ -1,5 +1,7 @@
 """The shapes of the aspect buckets hold what they promise, measured over a fine grid of aspects."""
 
+import logging
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,11 +29,27 @@ def test_at_least_96_percent_of_the_tokens_are_useful_on_an_even_mix(image_size:
 
 def test_the_documented_shares() -> None:
     """The table of docs/configuration.md."""
-    found = [round(100 * useful_share(size, 16, EVEN_MIX), 1) for size in (128, 224, 384, 448)]
-    assert found == [93.9, 97.1, 98.8, 99.1]
+    sizes = (64, 96, 128, 144, 176, 224, 384, 448)
+    found = [round(100 * useful_share(size, 16, EVEN_MIX), 1) for size in sizes]
+    assert found == [89.5, 90.1, 93.9, 93.7, 97.2, 97.1, 98.8, 99.1]
     letterbox = Preprocess(image_size=448)
     sizes = [letterbox.content_size(100_000, round(100_000 * aspect)) for aspect in EVEN_MIX]
     assert 0.71 < np.mean([height * width for height, width in sizes]) / 448**2 < 0.73
+
+
+def test_a_square_of_few_patches_says_what_its_bars_cost(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for side in range(11, 40):
+        Preprocess.create(side * 16, "buckets", 16)
+    Preprocess.create(128, "letterbox", 16)
+    assert not caplog.records
+    for side in range(3, 10):
+        caplog.clear()
+        preprocess = Preprocess.create(side * 8, "buckets", 8)
+        (line,) = [record.getMessage() for record in caplog.records]
+        share = useful_share(side * 8, 8, EVEN_MIX)
+        assert f"{side} patches a side" in line and "data.image_size=88" in line and f"{100 * share:.0f} % of" in line
+        assert abs(preprocess.useful_share() - share) < 0.002
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(96, 16), (224, 16), (384, 16), (448, 16), (1024, 16)])

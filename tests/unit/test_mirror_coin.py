@@ -24,6 +24,16 @@ def test_one_image_at_a_time_and_a_whole_array_agree() -> None:
         assert coin.toss(IDS, epoch).tolist() == [coin.toss_one(stem, epoch) for stem in STEMS]
 
 
+def test_images_of_one_name_turn_each_by_itself_and_lists_still_name_them_all() -> None:
+    rows, ids = np.arange(4000), np.full(4000, stable_id("image"), dtype=np.uint64)
+    heads = MirrorCoin(0.5, 1).toss(ids, 3, rows)
+    assert abs(heads.mean() - 0.5) < 5 * 0.5 / len(rows) ** 0.5
+    assert heads.tolist() == [MirrorCoin(0.5, 1).toss_one("image", 3, row) for row in rows.tolist()]
+    assert not (heads == MirrorCoin(0.5, 1).toss(ids, 4, rows)).all()
+    assert not MirrorCoin(0.5, 1, never=frozenset({"image"})).toss(ids, 3, rows).any()
+    assert MirrorCoin(0.5, 1, force=frozenset({"image"})).toss(ids, 3, rows).all()
+
+
 def test_the_coin_is_fair_and_independent_between_adjacent_epochs_and_seeds() -> None:
     def toss(epoch: int, seed: int) -> Any:
         return MirrorCoin(0.5, seed).toss(IDS, epoch)

@@ -278,10 +278,37 @@ def test_copies_land_on_one_side_and_the_held_out_one_wins(tmp_path: Path, caplo
     part_of = {index.stem(row): int(grouped.parts[row]) for row in range(len(index))}
     own_part = {index.stem(row): int(alone.parts[row]) for row in range(len(index))}
     assert any(own_part[f"{number}"] != own_part[f"copy {number}"] for number in range(40))
+    for pair in ((f"{number}", f"copy {number}") for number in range(40)):
+        highest = max(own_part[name] for name in pair)
+        assert [part_of[name] for name in pair] == [
+            own_part[name] if own_part[name] == highest else Part.UNUSED for name in pair
+        ]
+    unused = [name for name, part in part_of.items() if part == Part.UNUSED]
+    trained = [name for name in unused if own_part[name] == Part.TRAIN]
+    assert len(trained) > 5 and not set(unused) & set(map(index.stem, grouped.training_rows.tolist()))
+    said = f"40 groups of 80 images, the largest of 2; left out as copies of held-out images: {len(trained)} from"
+    assert said in caplog.text
+    assert f"{len(unused)} images for no use (copies of held-out images)" in grouped.describe()
+
+
+def test_a_newcomer_that_connects_groups_moves_nobody_to_another_side(tmp_path: Path) -> None:
+    """A picture, one like it, and one like both: the last comes later and makes one group of them."""
+    root = tmp_path / "set"
+    rule = SplitRule(0.3, 0.15, 0.15, near_duplicate_bits=3)
     for number in range(40):
-        assert part_of[f"{number}"] == part_of[f"copy {number}"]
-        assert part_of[f"{number}"] == max(own_part[f"{number}"], own_part[f"copy {number}"])
-    assert "40 groups of 80 images, the largest of 2" in caplog.text
+        write(root, f"{number}", encode(scene(number), "PNG"))
+    before_index = open_set(root)
+    before = split_index(before_index, rule)
+    part_of = {before_index.stem(row): int(before.parts[row]) for row in range(len(before_index))}
+    for number in range(40):
+        write(root / "later", f"copy {number}", worn_copy(scene(number)), "jpg")
+    index = open_set(root)
+    after = split_index(index, rule)
+    changed = [
+        (part_of[index.stem(row)], int(after.parts[row])) for row in range(len(index)) if index.stem(row) in part_of
+    ]
+    assert {new for old, new in changed if new != old} == {Part.UNUSED}
+    assert all(new == Part.VAL for old, new in changed if old == Part.VAL)
 
 
 def test_copies_of_listed_images_are_never_trained_on(tmp_path: Path) -> None:
@@ -292,7 +319,8 @@ def test_copies_of_listed_images_are_never_trained_on(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("4\n")
     index = open_set(root)
     split = split_index(index, SplitRule(0.5, val_list=tmp_path / "val.txt", near_duplicate_bits=3))
-    assert [index.stem(int(row)) for row in split.validation_rows] == ["4", "copy"]
+    assert [index.stem(int(row)) for row in split.validation_rows] == ["4"]
+    assert [index.stem(int(row)) for row in split.rows(Part.UNUSED)] == ["copy"]
 
 
 def test_groups_that_hold_out_most_of_the_set_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -303,7 +331,8 @@ def test_groups_that_hold_out_most_of_the_set_are_said(tmp_path: Path, caplog: p
         write(root, f"other {number}", encode(scene(1 + number), "PNG"))
     with caplog.at_level(logging.WARNING):
         split = split_index(open_set(root), SplitRule(0.1, near_duplicate_bits=3))
-    assert (split.parts == Part.VAL).sum() >= 12
+    frames = [row for row in range(len(split.parts)) if split.parts[row] in (Part.VAL, Part.UNUSED)]
+    assert len(frames) >= 12 and (split.parts == Part.UNUSED).sum() == 9
     assert "more than twice what the fractions say" in caplog.text
     one = tmp_path / "one"
     for number in range(12):

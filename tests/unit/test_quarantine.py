@@ -1,11 +1,12 @@
 import errno
-import logging
 import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tagger.data.decode import DecodeError
 from tagger.data.quarantine import (
@@ -147,22 +148,51 @@ def test_fifty_in_a_row_stop_the_run() -> None:
         refuse(budget, 49)
 
 
-def test_a_small_set_is_forgiven_a_few_files_in_every_epoch() -> None:
-    budget = FailureBudget(1200)
+def test_a_file_that_is_refused_in_every_epoch_is_one_file() -> None:
+    budget = FailureBudget(2400)
     for _ in range(20):
-        for number in range(5):
-            for _ in range(239):
+        for number in range(2):
+            for _ in range(1199):
                 budget.accept()
             refuse(budget, number)
-    with pytest.raises(DataFailureError, match="6 of 1200"):
-        refuse(budget, 5)
+    with pytest.raises(DataFailureError, match="3 of 2400 images were refused, 2 are put up with") as caught:
+        refuse(budget, 2)
+    assert str(caught.value).endswith("mend or remove them, or raise data.max_refused_fraction")
 
 
-def test_warnings_are_few_and_nothing_is_uncounted(caplog: pytest.LogCaptureFixture) -> None:
-    budget = FailureBudget(100_000, max_in_a_row=1000)
-    with caplog.at_level(logging.WARNING):
-        for number in range(200):
-            refuse(budget, number)
-            refuse(budget, number)
-    assert len(caplog.records) == 10
-    assert len(budget.refusals) == 200
+def test_nothing_is_judged_before_a_thousand_files_were_seen_and_then_one_in_a_thousand_is_allowed() -> None:
+    budget = FailureBudget(100_000)
+    for number in range(10):
+        refuse(budget, number)
+    for _ in range(980):
+        budget.accept()
+    for number in range(9):
+        refuse(budget, number)
+    with pytest.raises(DataFailureError, match="10 of 1000 images were refused, 1 are put up with"):
+        refuse(budget, 9)
+
+
+@given(st.integers(1, 10_000), st.integers(0, 12))
+def test_the_share_that_is_allowed_is_exact(thousands: int, extra: int) -> None:
+    budget = FailureBudget(10**9, max_in_a_row=10**9)
+    budget._num_tried = 1000 * thousands - 1
+    budget._reasons = {str(number): "truncated" for number in range(thousands - 1 + extra)}
+    if extra:
+        with pytest.raises(DataFailureError):
+            refuse(budget, 10**9)
+    else:
+        refuse(budget, 10**9)
+
+
+def test_a_file_that_comes_back_no_longer_counts() -> None:
+    budget = FailureBudget(3000)
+    for _ in range(3000):
+        budget.accept()
+    for number in range(20):
+        refuse(budget, number, "missing")
+        budget.accept(f"{number}.png")
+    assert budget.refusals == ()
+    for number in range(3):
+        refuse(budget, number)
+    with pytest.raises(DataFailureError, match="4 of 3000"):
+        refuse(budget, 3)

@@ -19,6 +19,8 @@ from tagger.files import FormatError
 from tests.tiny_cache import (
     NUM_IMAGES,
     OPTIONS,
+    RECIPE,
+    SIZE,
     build,
     content_of,
     expected_copy,
@@ -305,6 +307,28 @@ def test_a_flipped_bit_is_noticed_and_verify_mends_it(
     assert (report.damaged, report.progress.made) == (1, 1)
     assert read(ShrinkCache.open(folder), path) == expected_copy(path)
     assert build(folder, root, verify=True).damaged == 0
+
+
+@pytest.mark.parametrize("name", ["entry_hashes.npy", "entries.npy", "path_hashes.npy", "paths.npy", "meta.json"])
+def test_a_flipped_bit_in_the_tables_serves_nobody_and_the_next_build_mends_it(
+    root: Path, folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last number of `paths.npy` says whose copy an image has: its checksum would hold for another's."""
+    build(folder, root)
+    (table,) = folder.glob(f"index-*/{name}")
+    raw = bytearray(table.read_bytes())
+    raw[-8] ^= 1
+    if name == "meta.json":
+        meta = json.loads(table.read_bytes())
+        raw = bytearray(json.dumps({**meta, "shards": dict.fromkeys(meta["shards"], 7)}).encode())
+    table.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"the tables in index-.* are not as they were written; start scripts"):
+        ShrinkCache.open(folder).require(SIZE, RECIPE.background)
+    assert build(folder, root).progress.made == 0
+    assert "making its tables anew from its shards" in caplog.text
+    cache = ShrinkCache.open(folder)
+    cache.require(SIZE, RECIPE.background)
+    assert all(read(cache, path) == expected_copy(path) for path in images_of(root))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])

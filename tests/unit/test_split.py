@@ -6,15 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tagger.data.index import MetadataIndex, open_index
 from tagger.data.split import (
     Part,
     Split,
     SplitError,
     SplitRule,
     hashed_parts,
-    join_groups,
     listed_mask,
+    path_ids,
     read_list,
+    separate_groups,
+    split_index,
     split_rows,
 )
 from tagger.rng import stable_id
@@ -80,27 +83,30 @@ group_labels = st.lists(st.integers(0, 9), min_size=12, max_size=12)
 
 
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=12), group_labels)
-def test_a_group_has_one_part_and_what_was_held_out_stays_so(parts: list[int], groups: list[int]) -> None:
+def test_a_group_is_used_on_one_side_alone_and_nobody_gets_a_part_that_is_not_his(
+    parts: list[int], groups: list[int]
+) -> None:
     before = np.array(parts, dtype=np.uint8)
     labels = np.array([groups.index(group) for group in groups])
-    after = join_groups(before, labels)
-    assert all(len(set(after[labels == label])) == 1 for label in labels)
-    assert (after >= before).all()
-    np.testing.assert_array_equal(join_groups(after, labels), after)
+    after = separate_groups(before, labels)
+    assert all(set(after[labels == label]) - {Part.UNUSED} == {before[labels == label].max()} for label in labels)
+    assert ((after == before) | (after == Part.UNUSED)).all()
+    assert (after[before == Part.VAL] == Part.VAL).all()
 
 
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=12), group_labels, st.integers(1, 12), st.data())
-def test_growth_never_moves_an_image_of_a_group_towards_training(
+def test_growth_moves_no_image_of_a_group_to_another_side(
     parts: list[int], groups: list[int], kept: int, data: st.DataObject
 ) -> None:
-    """Newcomers may join groups and connect them, which is all that they can do to what was there."""
+    """Newcomers may join groups and connect them, which is all that they can do to what was there: out of use at most,
+    never back into it."""
     own = np.array(parts, dtype=np.uint8)
     before_labels = np.array([groups.index(group) for group in groups])[:kept]
     joined = [data.draw(st.integers(0, 3)) if number % 2 else number + 20 for number in range(10)]
     wider = [joined[group] for group in groups]
     after_labels = np.array([wider.index(group) for group in wider])
-    before = join_groups(own[:kept], before_labels)
-    assert (join_groups(own, after_labels)[:kept] >= before).all()
+    before, after = separate_groups(own[:kept], before_labels), separate_groups(own, after_labels)[:kept]
+    assert ((after == before) | (after == Part.UNUSED)).all()
 
 
 def test_a_stem_holds_out_every_image_of_that_name() -> None:
@@ -146,10 +152,10 @@ def test_a_list_that_cannot_be_read_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "fraction", "message"),
     [
-        (None, 1e-9, r"val_fraction=1e-09 of 6 images leaves no image for validation; raise"),
-        (None, 1 - 1e-9, "leaves no image for training; lower data.val_fraction"),
+        (None, 1e-9, r"val_fraction=1e-09 of 6 images leaves no image for validation; .* 3 distinct names"),
+        (None, 1 - 1e-9, "leaves no image for training; .* 3 distinct names"),
         (["nothing"], 0.5, "val_list=.* leaves no image for validation; .* without its suffix"),
-        (["one", "two", "v1.5"], 0.5, "val_list=.* leaves no image for training"),
+        (["one", "two", "v1.5"], 0.5, "val_list=.* leaves no image for training; take names out"),
     ],
 )
 def test_an_empty_side_is_refused_with_a_remedy(
@@ -161,6 +167,64 @@ def test_an_empty_side_is_refused_with_a_remedy(
         val_list.write_text("\n".join(lines))
     with pytest.raises(SplitError, match=message):
         split_rows(IDS, PATHS.__getitem__, SplitRule(fraction, val_list=val_list))
+
+
+def write_set(root: Path, names: list[str]) -> MetadataIndex:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"not read here")
+        (root / name).with_suffix(".json").write_bytes(b'{"tags": "a b"}')
+    return open_index([root], root.parent / "index")
+
+
+def parts_of(index: MetadataIndex, rule: SplitRule) -> dict[str, int]:
+    return dict(zip(map(index.relative_path, range(len(index))), split_index(index, rule).parts.tolist(), strict=True))
+
+
+def test_a_path_is_the_key_of_images_whose_folders_repeat_their_names(tmp_path: Path) -> None:
+    names = [f"{folder:03}/{stem}.jpg" for folder in range(60) for stem in ("front", "ba.ck")]
+    index = write_set(tmp_path / "set", names)
+    assert path_ids(index).tolist() == [stable_id(name.removesuffix(".jpg")) for name in sorted(names)]
+    rule = SplitRule(0.3, test_fraction=0.2, key="path")
+    before = parts_of(index, rule)
+    assert set(before.values()) == {Part.TRAIN, Part.TEST, Part.VAL}
+    after = parts_of(write_set(tmp_path / "set", [f"{number}/front.jpg" for number in range(500, 560)]), rule)
+    assert len(after) == 180 and all(after[name] == part for name, part in before.items())
+
+
+def test_a_name_is_the_key_of_images_that_move_between_folders(tmp_path: Path) -> None:
+    names = [f"{number % 7}/{number}.jpg" for number in range(60)]
+    before = parts_of(write_set(tmp_path / "set", names), SplitRule(0.3))
+    moved = [f"new/{number}.png" for number in range(60)]
+    after = parts_of(write_set(tmp_path / "other", moved), SplitRule(0.3))
+    assert [after[name] for name in moved] == [before[name] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "known"), [(["image"], "only 1 distinct name,"), (["a", "b", "c"], "only 3 distinct names,")]
+)
+def test_an_empty_part_of_a_set_with_few_names_says_how_many_and_what_to_set(
+    names: list[str], known: str, tmp_path: Path
+) -> None:
+    paths = [f"{folder}/{name}.jpg" for folder in range(30) for name in names]
+    index = write_set(tmp_path / "set", paths)
+    for rule in (SplitRule(1e-3), SplitRule(0.999), SplitRule(0.4, calib_fraction=1e-3)):
+        with pytest.raises(
+            SplitError, match=f"leaves no image for .*{known}.* set data.split_key=path, or (raise|low)"
+        ):
+            split_index(index, rule)
+    assert (np.bincount(split_index(index, SplitRule(0.3, key="path")).parts)[[Part.TRAIN, Part.VAL]] > 0).all()
+
+
+def test_a_part_far_from_its_share_for_want_of_names_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    ids = np.concatenate([np.full(600, stable_id("5"), dtype=np.uint64), MANY[:1400]])
+    split_rows(ids, PATHS.__getitem__, SplitRule(0.1))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("37.0 % of the images are for validation, 10.0 % were asked for: ")
+    assert "only 1401 distinct names" in line and "set data.split_key=path, or live with it" in line
+    caplog.clear()
+    split_rows(MANY, PATHS.__getitem__, SplitRule(0.05, test_fraction=0.05))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["calib_fraction", "test_fraction"])
