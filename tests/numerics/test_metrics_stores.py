@@ -249,3 +249,24 @@ def test_difference_to_float32_scores_is_small():
     difference = np.abs(found - exact)
     print(f"AP of 16-bit against float32 scores: mean {difference.mean():.1e}, largest {difference.max():.1e}")
     assert 0 < difference.max() < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_device_gives_the_same_numbers_and_no_batch_waits_for_it(form):
+    """Measures that counting on a device equals counting on the CPU bit for bit, and counts its host syncs: none."""
+    logits, targets = random_case(500, 40, 12)
+    expected = everything(computer_of(logits, targets, form, 50))
+    on_device, computer = logits.cuda(), MetricComputer(40, form=form)
+    computer.update(on_device[:50], targets[:50])  # the first batch may allocate
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for start in range(50, 500, 50):
+            computer.update(on_device[start : start + 50], targets[start : start + 50])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert everything(computer) == expected
+    computer.update(on_device * torch.nan, targets)
+    with pytest.raises(DivergedError, match="NaN"):
+        computer.compute()
