@@ -22,7 +22,7 @@ class ImageLedger:
     def __init__(self, index: MetadataIndex, budget: FailureBudget, quarantine: Quarantine) -> None:
         self._index = index
         self._budget = budget
-        self._quarantine = quarantine
+        self.quarantine = quarantine
         self._partial: dict[str, None] = {}
         self.num_missed_cache = 0
 
@@ -39,17 +39,17 @@ class ImageLedger:
     @property
     def num_quarantined(self) -> int:
         """Files that are in quarantine now, whichever loader of the run met them."""
-        return self._quarantine.num_files
+        return self.quarantine.num_files
 
     def known_bad(self) -> KnownBad:
         """Files that need not be tried again."""
-        return self._quarantine.known_bad()
+        return self.quarantine.known_bad()
 
     def judge(self, outcomes: Sequence[Outcome]) -> None:
         """Count what was used and what was refused; raises DataFailureError past the failure budget."""
         for outcome in outcomes:
             if outcome.refused is not None:
-                self._quarantine.record(outcome.refused)
+                self.quarantine.record(outcome.refused)
                 self._budget.refuse(outcome.refused)
                 continue
             self._budget.accept()
@@ -57,7 +57,7 @@ class ImageLedger:
             if outcome.partial:
                 self._partial[self._name(outcome)] = None
             if outcome.mended:
-                self._quarantine.clear(self._name(outcome))
+                self.quarantine.clear(self._name(outcome))
 
     def report(self) -> None:
         """One line about what is not as it should be, if anything is."""

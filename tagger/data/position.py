@@ -3,6 +3,11 @@
 import logging
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tagger.data.index import MetadataIndex
+from tagger.data.sampler import RowSampler, hash_rows
 from tagger.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,17 @@ _OPTIONAL = {"sampling", "corrections"}
 
 class PositionError(InputError):
     """A position that this loader cannot resume from; the message names what differs."""
+
+
+def order_identity(index: MetadataIndex, rows: NDArray[np.integer], sampler: RowSampler) -> dict[str, int]:
+    """What the order in which a loader serves `rows` of an index depends on."""
+    return {
+        "seed": -1 if sampler.seed is None else sampler.seed,
+        "rows": len(rows),
+        "rows_hash": hash_rows(index.image_ids, rows),
+        "sampling": sampler.scheme,
+        "corrections": 0 if index.corrections is None else index.corrections.hash,
+    }
 
 
 def differences(position: Mapping[str, int], identity: Mapping[str, int]) -> dict[str, str]:

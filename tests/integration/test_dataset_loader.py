@@ -18,6 +18,7 @@ from dataset_loader import (
     LoadOptions,
     SidecarJsonDataset,
     create_dataloaders,
+    create_part_loader,
     split_dataset,
 )
 from tagger.data import image_reader
@@ -411,3 +412,34 @@ def test_ctrl_c_and_exit_end_the_process_cleanly(root: Path, tmp_path: Path, how
     command = [sys.executable, "-c", INTERRUPTED, str(root), str(tmp_path / "index"), how]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, printed, "")
+
+
+def test_every_part_has_a_loader_of_its_own_rows_alone(drawn: Path) -> None:
+    train, validation, _ = loaders(drawn, data__calib_fraction=0.2, data__test_fraction=0.15)
+    split = validation.split
+    assert split is not None and train.split is split and (train.part, validation.part) == (Part.TRAIN, Part.VAL)
+    served = {Part.VAL: sorted(rows_of(epoch_of(validation)))}
+    for part in (Part.CALIB, Part.TEST, Part.TRAIN):
+        loader = create_part_loader(validation, part)
+        assert loader.part == part and loader.split is split
+        served[part] = rows_of(epoch_of(loader))
+        assert served[part] == sorted(served[part]) == split.rows(part).tolist()
+    assert sorted(row for rows in served.values() for row in rows) == list(range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize("part", [Part.CALIB, Part.TEST])
+def test_a_row_of_another_part_is_refused_by_a_part_loader(drawn: Path, part: Part) -> None:
+    _, validation, _ = loaders(drawn, data__calib_fraction=0.2, data__test_fraction=0.15)
+    split = validation.split
+    assert split is not None
+    for other in Part:
+        if other != part:
+            planted = np.append(split.rows(part), split.rows(other)[0])
+            with pytest.raises(ValueError, match=r"1 of the .* rows to serve are held out"):
+                DataLoader(validation.dataset, planted, 4, validation.options, split=split)
+
+
+def test_a_part_that_was_not_set_aside_says_what_to_set(drawn: Path) -> None:
+    _, validation, _ = loaders(drawn)
+    with pytest.raises(SplitError, match=r"no image is held out for calibration; set data\.calib_fraction"):
+        create_part_loader(validation, Part.CALIB)
