@@ -71,7 +71,8 @@ def read_accepted(path: Path, *, everything: bool = False, above: float | None =
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"suspects {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FormatError(f"suspects {path} cannot be read: {reason}") from error
     accepted: list[Wanted] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

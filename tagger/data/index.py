@@ -6,6 +6,7 @@ costs no new reading. Rows are never pickled: an index travels to another proces
 pages.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from tagger.data.annotations import add_annotation_rows
 from tagger.data.columns import open_column
 from tagger.data.corrections import Corrections, read_corrections
-from tagger.data.generations import Generation, clean_up, newest_first
+from tagger.data.generations import Generation, check_writable, clean_up, newest_first
 from tagger.data.header_columns import ImageHeaders, carry_headers, check_sizes, newest_headers, read_headers
 from tagger.data.index_build import RowWriter
 from tagger.data.index_fingerprint import digest_of_scan, fingerprint_of
@@ -98,6 +99,8 @@ def _open_rows(
     parent = index_dir.expanduser().resolve()
     home = parent / _key(folders, fields, source)
     generations = _readable_generations(home)
+    if not generations:
+        check_writable(home)
     old = generations[0] if generations and source is None else None
     problems = Problems()
     scans: list[FolderScan] = []
@@ -117,7 +120,8 @@ def _open_rows(
     fingerprint = fingerprint_of(scanned, scans)
     for index in generations:
         if index.complete and index.fingerprint == fingerprint:
-            os.utime(index.path)  # in use: the clean-up keeps the most recent ones
+            with contextlib.suppress(PermissionError):  # an index that others made
+                os.utime(index.path)  # in use: the clean-up keeps the most recent ones
             index.update = Update(kept=index.num_rows + index.num_refused)
             _log.info("%s", index.update)
             return index

@@ -13,7 +13,7 @@ import numpy.typing as npt
 def reference_average_precision(
     scores: npt.NDArray[np.floating], rows: npt.NDArray[np.integer], tags: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.float64]:
-    """AP of each tag, float64 [C], NaN without positives: scores [N, C], and row and tag of each positive, once each."""
+    """AP of each tag, float64 [C], NaN without positives: scores [N, C], row and tag of each positive once."""
     if np.isnan(scores).any():
         raise ValueError("scores hold NaN, which has no rank")
     order = np.argsort(tags, kind="stable")
