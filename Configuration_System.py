@@ -4,7 +4,6 @@ Imports no torch. `configs/unified_config.yaml` is this file written out with co
 Refuses unknown settings, wrong types and impossible combinations with one line that says what to do.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -13,21 +12,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tagger.command import command
+from tagger.config_checks import (
+    below_one,
+    existing_files,
+    existing_folder,
+    fraction,
+    not_negative,
+    positive,
+    require,
+    share,
+    split_settings,
+)
 from tagger.config_io import (
-    ConfigError,
     Loaded,
     compose,
     describe,
     environment_layer,
-    existing_files,
     flat_values,
-    fraction,
-    not_negative,
     override_layer,
-    positive,
     read_recipe,
-    require,
 )
+from tagger.options import Parser
 from tagger.output import reader_may_leave
 
 ENVIRONMENT_PREFIX = "TAGGER_"
@@ -97,8 +103,20 @@ class DataSection:
         not_negative("data", num_processes=self.num_processes, sampling_power=self.sampling_power)
         cap = self.sampling_cap
         require(1 <= cap < math.inf, f"data.sampling_cap={cap} is below 1 or not finite", "10: at most 10 times")
-        require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} is not between 0 and 1", "try 0.05")
-        fraction("data", calib_fraction=self.calib_fraction, test_fraction=self.test_fraction)
+        share("data", "try 0.05", val_fraction=self.val_fraction)
+        split_settings(
+            self.val_fraction,
+            self.calib_fraction,
+            self.test_fraction,
+            listed=self.val_list is not None,
+            grouped=self.group_near_duplicates,
+            stratified=self.stratified_split,
+        )
+        require(
+            self.annotations is None or len(self.roots) <= 1,
+            f"data.annotations={self.annotations} describes one image folder and data.roots names {len(self.roots)}",
+            "give one folder, or set data.annotations=null to read sidecars",
+        )
         fraction("data", max_refused_fraction=self.max_refused_fraction)
         bits = self.near_duplicate_bits
         require(
@@ -203,8 +221,7 @@ class ModelSection:
             mlp_ratio=self.mlp_ratio,
             layer_scale_init=self.layer_scale_init,
         )
-        for key, value in (("drop_path", self.drop_path), ("dropout", self.dropout)):
-            require(0 <= value < 1, f"model.{key}={value} is not in 0 <= x < 1", "0 turns it off")
+        below_one("model", "0 turns it off", drop_path=self.drop_path, dropout=self.dropout)
 
 
 @dataclass
@@ -267,11 +284,7 @@ class SchedulerSection:
 
     def __post_init__(self) -> None:
         fraction("scheduler", min_lr_ratio=self.min_lr_ratio, cycle_decay=self.cycle_decay)
-        require(
-            0 <= self.warmup_fraction < 1,
-            f"scheduler.warmup_fraction={self.warmup_fraction} is not in 0 <= x < 1",
-            "try 0.05",
-        )
+        below_one("scheduler", "try 0.05", warmup_fraction=self.warmup_fraction)
         positive("scheduler", num_cycles=self.num_cycles, cycle_multiplier=self.cycle_multiplier)
 
 
@@ -301,12 +314,7 @@ class TrainingSection:
             early_stopping_patience=self.early_stopping_patience,
         )
         not_negative("training", seed=self.seed, early_stopping_min_delta=self.early_stopping_min_delta)
-        if self.ema_decay is not None:
-            require(
-                0 < self.ema_decay < 1,
-                f"training.ema_decay={self.ema_decay} is not between 0 and 1",
-                "try 0.999, or null to turn it off",
-            )
+        share("training", "try 0.999, or null to turn it off", ema_decay=self.ema_decay)
 
 
 @dataclass
@@ -319,7 +327,7 @@ class ValidationSection:
 
     def __post_init__(self) -> None:
         positive("validation", every_epochs=self.every_epochs, batch_size=self.batch_size)
-        require(0 < self.threshold < 1, f"validation.threshold={self.threshold} is not between 0 and 1", "try 0.5")
+        share("validation", "try 0.5", threshold=self.threshold)
 
 
 @dataclass
@@ -443,17 +451,9 @@ def check_paths(config: FullConfig) -> None:
     """Raises ConfigError for the first file or folder that the configuration names and that is not there."""
     require(bool(config.data.roots), "data.roots is empty", "name at least one folder, e.g. data.roots=[/my/images]")
     for root in config.data.roots:
-        require(
-            Path(root).is_dir(),
-            f"data.roots: {root} is not a folder (looked in {Path.cwd()})",
-            "give the folder that holds the images and their sidecars",
-        )
-    cache = config.data.cache_dir
-    require(
-        cache is None or Path(cache).is_dir(),
-        f"data.cache_dir: {cache} is not a folder (looked in {Path.cwd()})",
-        "make it with `python -m scripts.build_cache`, or set it to null",
-    )
+        existing_folder("data.roots", root, "give the folder that holds the images and their sidecars")
+    make_it = "make it with `python -m scripts.build_cache`, or set it to null"
+    existing_folder("data.cache_dir", config.data.cache_dir, make_it)
     existing_files(
         data__annotations=config.data.annotations,
         data__corrections_file=config.data.corrections_file,
@@ -476,9 +476,10 @@ def changed_settings(saved: Path, config: FullConfig) -> list[str]:
     return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 when the configuration is good, 2 with one line on stderr when it is not."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Check a configuration, or print every setting with its value and where it came from.",
         epilog="example: python Configuration_System.py show configs/demo.yaml training.num_epochs=3",
     )
@@ -486,13 +487,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="a recipe, e.g. configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args(arguments)
-    try:
-        loaded = load_with_origin(options.file, options.overrides)
-        if options.action == "validate":
-            check_paths(loaded.tree)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    loaded = load_with_origin(options.file, options.overrides)
+    if options.action == "validate":
+        check_paths(loaded.tree)
     with reader_may_leave():
         valid = f"{options.file}: {len(loaded.origin)} settings, all valid"
         print(describe(loaded) if options.action == "show" else valid)

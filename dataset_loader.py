@@ -7,7 +7,6 @@ and counted; it never becomes zeros or the image beside it.
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,14 +25,14 @@ from tagger.data.decode import DecodeOptions, describe_decoder
 from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
-from tagger.data.position import Position, carry_over, check_position, identified
-from tagger.data.prefetch import OrderedPrefetcher, default_num_threads, num_cores
+from tagger.data.position import Position, carry_over, check_position, identified, order_identity
+from tagger.data.prefetch import OrderedPrefetcher, default_num_threads
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.quarantine_log import KnownBad, Quarantine
-from tagger.data.ring import LoaderRing, RingPass, default_num_processes
-from tagger.data.sampler import RowSampler, hash_rows
+from tagger.data.ring import LoaderRing, RingPass, plan_workers
+from tagger.data.sampler import RowSampler
 from tagger.data.shrink_cache import ShrinkCache
-from tagger.data.split import Part, Split, SplitRule, split_index
+from tagger.data.split import Part, Split, SplitError, SplitRule, split_index
 from tagger.data.thread_pass import prepare_in_threads
 from tagger.data.weighting import create_sampler
 from tagger.ontology import Ontology
@@ -58,12 +57,7 @@ class _IndexedImages:
     @cached_property
     def sizes(self) -> NDArray[np.uint32]:
         """uint32 [N, 2]: (width, height) of each row's image as it is seen, 0 where unknown."""
-        headers = self.index.read_headers()
-        sizes = np.stack([headers.widths, headers.heights], axis=1).astype(np.uint32)
-        if num_unknown := int((sizes == 0).any(axis=1).sum()):
-            message = "the size of %d of %d images is not known; they are batched with the square ones"
-            logger.warning(message, num_unknown, len(sizes))
-        return sizes
+        return self.index.read_headers().sizes()
 
 
 class SidecarJsonDataset(_IndexedImages):
@@ -148,14 +142,9 @@ class LoadOptions:
         if section.cache_dir is not None:
             cache = ShrinkCache.open(section.cache_dir)
             cache.require(preprocess.longest_side, preprocess.background)
-        num_processes, reason = section.num_processes, "as configured"
-        if num_processes is None:
-            num_processes, reason = default_num_processes(num_cores(), on_cuda=on_cuda)
-        num_threads = section.num_threads or default_num_threads(num_processes)
-        if (useful := min(num_threads, section.prefetch_batches)) < num_processes:
-            num_processes, reason = useful, f"{reason} {num_processes}; more than threads or batches would stand idle"
-        place = f"loader processes: {num_processes}" if num_processes else "threads of this process"
-        logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
+        num_processes, num_threads = plan_workers(
+            section.num_processes, section.num_threads, section.prefetch_batches, on_cuda=on_cuda
+        )
         return cls(
             preprocess,
             int(section.max_megapixels * 1_000_000),
@@ -242,33 +231,36 @@ class DataLoader:
         batch_size: int,
         options: LoadOptions,
         *,
-        held_out: NDArray[np.bool_] | None = None,
+        split: Split | None = None,
         seed: int | None = None,
         mirroring: Mirroring | None = None,
         budget: FailureBudget | None = None,
         quarantine: Quarantine | None = None,
         sampler: RowSampler | None = None,
-        keys: NDArray[np.uint64] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """rows: integer [N], the rows to serve. held_out: bool over the whole index, the rows never to be served.
+        """rows: integer [N], the rows to serve.
 
+        split: the rows are of one of its parts, those of the others are never served; a position goes by its keys.
         quarantine: the memory of broken files, shared by the loaders of a run; None: one that ends with this loader.
-        sampler: another order of `rows` and `seed` than each row once. keys: uint64 over the index, what a position
-        knows images by (None: stems). rank, world_size: serve one of the equal shares of each step; `batch_size` is
-        that of one rank.
+        sampler: another order of `rows` and `seed` than each row once. rank, world_size: serve one of the equal shares
+        of each step; `batch_size` is that of one rank.
         """
         if not len(rows) or batch_size < 1:
             raise ValueError(f"{len(rows)} rows in batches of {batch_size}: each must be at least 1")
-        never = np.zeros(len(dataset), dtype=np.bool_) if held_out is None else held_out
+        self.split = split
+        self.part = None if split is None else Part(int(split.parts[rows[0]]))
+        serves = self.part if seed is None else Part.TRAIN  # a seed is for training, and that has its own part alone
+        never = np.zeros(len(dataset), dtype=np.bool_)
+        never = never if split is None or serves is None else split.others(serves)
         if never[rows].any():
             raise ValueError(f"{int(never[rows].sum())} of the {len(rows)} rows to serve are held out")
         self.dataset = dataset
         self.options = options
         quarantine = quarantine or Quarantine(None, describe_decoder(options.decoding))
-        purpose, most = "validation" if seed is None else "training", options.max_refused_fraction
-        budget = budget or FailureBudget(len(rows), max_fraction=most)
+        budget = budget or FailureBudget(len(rows), max_fraction=options.max_refused_fraction)
+        purpose = ("training" if seed is not None else "validation") if self.part is None else self.part.purpose
         self.ledger = ImageLedger(dataset.index, budget, quarantine, purpose)
         images = ImageSource(ImageReader(dataset.index, options.cache), options.preprocess, options.decoding)
         sampler = sampler or RowSampler(rows, seed)
@@ -276,13 +268,8 @@ class DataLoader:
         sizes = dataset.sizes if options.preprocess.shapes else None
         plan = create_plan(sampler, options.preprocess, batch_size, sizes, rank=rank, world_size=world_size)
         self._source = BatchSource(dataset.table, images, plan, mirroring, never)
-        self._identity = {
-            "seed": -1 if seed is None else seed,
-            "rows": len(rows),
-            "rows_hash": hash_rows(dataset.index.image_ids if keys is None else keys, rows),
-            "sampling": sampler.scheme,
-            "corrections": 0 if dataset.index.corrections is None else dataset.index.corrections.hash,
-        }
+        keys = dataset.index.image_ids if split is None else split.keys
+        self._identity = order_identity(keys, rows, sampler, dataset.index.corrections)
         self._ring: LoaderRing | None = None
         self._epoch = 0
         self._start = 0
@@ -386,7 +373,7 @@ class DataLoader:
                 num_processes=options.num_processes,
                 num_threads=options.num_threads or default_num_threads(options.num_processes),
                 max_in_flight=options.prefetch_batches,
-                batch_bytes=min(self._source.plan.batch_size, self.num_rows) * math.prod(self._source.images.shape),
+                batch_bytes=self._source.largest_batch_bytes,
                 pin=options.pin_memory,
             )
         return self._ring
@@ -472,23 +459,43 @@ def create_dataloaders(
         split.training_rows,
         config.training.batch_size,
         options,
-        held_out=split.others(Part.TRAIN),
+        split=split,
         seed=seed,
         mirroring=create_mirroring(config.orientation, dataset, seed),
         quarantine=quarantine,
         sampler=create_sampler(
             data.sampling, dataset.table, split.training_rows, seed, power=data.sampling_power, cap=data.sampling_cap
         ),
-        keys=split.keys,
     )
     validation = DataLoader(
         dataset,
         split.validation_rows,
         config.validation.batch_size or config.training.batch_size,
         options,
-        held_out=split.others(Part.VAL),
+        split=split,
         quarantine=quarantine,
-        keys=split.keys,
     )
     logger.info("%s", split.describe())
     return train, validation
+
+
+def create_part_loader(beside: DataLoader, part: Part) -> DataLoader:
+    """Another part of the images that `beside`, of `create_dataloaders`, serves a part of: every row once, in order.
+
+    It shares what `beside` knows of broken images. Raises SplitError where the split has no image of that part.
+    """
+    assert beside.split is not None
+    rows = beside.split.rows(part)
+    if not len(rows):
+        raise SplitError(
+            f"no image is held out for {part.purpose}; set data.{part.name.lower()}_fraction, e.g. to 0.05, and train "
+            "a new run with it: these images must not have been trained on"
+        )
+    return DataLoader(
+        beside.dataset,
+        rows,
+        beside._source.plan.batch_size,
+        beside.options,
+        split=beside.split,
+        quarantine=beside.ledger.quarantine,
+    )

@@ -3,7 +3,11 @@
 Refuses to write into an existing run without --resume. Exit codes: tagger/errors.py.
 """
 
-import argparse
+if __name__ == "__main__":
+    from tagger.command import start_quietly
+
+    start_quietly()  # importing torch takes seconds
+
 import contextlib
 import logging
 import sys
@@ -21,11 +25,13 @@ from start_up import Parts, build, check
 from tagger.alerts import Alerts
 from tagger.artifact import TagRow, save_artifact
 from tagger.cadence import due
+from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
 from tagger.endings import Ending, diagnose
 from tagger.errors import DivergedError, InputError, RunFailedError
 from tagger.files import write_json
 from tagger.logs import log_to_console
+from tagger.options import Parser
 from tagger.rng import mix
 from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit
 from tagger.stop import StopRequest
@@ -238,23 +244,33 @@ def write_model(parts: Parts) -> None:
     logger.info("model/ holds the %s weights of step %d: %s %.4f", weights.kind, best.step, best.metric, best.value)
 
 
+def begin(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts) -> Parts:
+    """Build the parts; where that fails or is stopped, a new run leaves no folder behind."""
+    try:
+        return build(config, folder, stop, alerts)
+    except KeyboardInterrupt:
+        folder.discard_if_new()
+        raise
+    except Exception as error:
+        if not isinstance(error, InputError):
+            logger.exception("the run could not start")
+        ending = diagnose(error)
+        text = f"{folder.name}: could not start: {ending.reason}"
+        alerts.send("could not start", text, run=folder.name, status=ending.status, exit_code=ending.exit_code)
+        folder.discard_if_new()
+        if isinstance(error, InputError):
+            raise
+        raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
+
+
 def run(config: FullConfig) -> int:
     """Train as configured, from opening the run's folder to its model; returns the exit code."""
     alerts, resuming = Alerts.from_environment(), config.checkpoint.resume != "none"
-    with StopRequest() as stop, RunFolder.open(config.run.folder, resume=resuming) as folder, alerts:
+    with RunFolder.open(config.run.folder, resume=resuming) as folder, alerts, contextlib.ExitStack() as stack:
+        stop = StopRequest()
         stop.watch(folder.stop_path)
-        try:
-            parts = build(config, folder, stop, alerts)
-        except Exception as error:
-            if not isinstance(error, InputError):
-                logger.exception("the run could not start")
-            ending = diagnose(error)
-            text = f"{folder.name}: could not start: {ending.reason}"
-            alerts.send("could not start", text, run=folder.name, status=ending.status, exit_code=ending.exit_code)
-            folder.discard_if_new()
-            if isinstance(error, InputError):
-                raise
-            raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
+        parts = begin(config, folder, stop, alerts)
+        stack.enter_context(stop)  # before there is anything to save, a signal simply ends the command
         write_results(parts, Ending("running"))
         ending = Ending("failed", 1, "interrupted")
         try:
@@ -278,9 +294,10 @@ def run(config: FullConfig) -> int:
     return ending.exit_code or 0
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints the run's folder last; the exit code is described at the top of this file."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train an image tagger on images with sidecar JSON.",
         epilog="example: python train_direct.py --config configs/demo.yaml training.num_epochs=3 run.name=short",
     )
@@ -291,23 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over those of the file")
     options = parser.parse_intermixed_args(arguments)
     log_to_console()
-    try:
-        named = {"checkpoint.resume": options.resume, "checkpoint.init_from": options.init_from}
-        words = [*options.overrides, *(f"{key}={value}" for key, value in named.items() if value)]
-        config = load_config(options.config, words)
-        check_paths(config)
-        if options.validate_only:
-            print(check(config))
-            return 0
-        code = run(config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except RunFailedError as error:
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.filename or config.run.folder}: {error.strerror or error}", file=sys.stderr)
-        return diagnose(error).exit_code or 1
+    named = {"checkpoint.resume": options.resume, "checkpoint.init_from": options.init_from}
+    words = [*options.overrides, *(f"{key}={value}" for key, value in named.items() if value)]
+    config = load_config(options.config, words)
+    check_paths(config)
+    if options.validate_only:
+        print(check(config))
+        return 0
+    code = run(config)
     print(f"run: {config.run.folder}")
     return code
 

@@ -3,7 +3,11 @@
 Refuses a run without weights, and weights that do not belong to the run's vocabulary.
 """
 
-import argparse
+if __name__ == "__main__":
+    from tagger.command import start_quietly
+
+    start_quietly()  # importing torch takes seconds
+
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +28,11 @@ from loss_functions import MultiTaskLoss, TagLoss, create_loss
 from model_architecture import SimplifiedTagger, create_model
 from tagger.artifact import load_artifact
 from tagger.batch import Batch
-from tagger.endings import diagnose
-from tagger.errors import DivergedError, InputError
+from tagger.command import command
+from tagger.errors import InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
+from tagger.options import Parser, output_file, whole
 from tagger.output import reader_may_leave
 from tagger.suspects import Suspects, write_suspects
 from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
@@ -263,8 +268,8 @@ def evaluate_weights(
     return evaluation, vocabulary, name
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description="Score a trained model on the held-out images of its run.",
         epilog="example: python validation_loop.py --run runs/demo",
     )
@@ -277,10 +282,10 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", choices=("ema", "online"), default="ema", help="of a checkpoint (default: ema where kept)"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="where the JSON goes (default: evaluation.json in the run)"
+        "--output", type=output_file, metavar="FILE", help="where the JSON goes (default: evaluation.json in the run)"
     )
     parser.add_argument(
-        "--suspects", type=int, default=0, metavar="N", help=f"write the N most doubtful labels to {SUSPECTS_FILE}"
+        "--suspects", type=whole(0), default=0, metavar="N", help=f"write the N most doubtful labels to {SUSPECTS_FILE}"
     )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.roots=[/moved/images]"
@@ -288,26 +293,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints a table, writes JSON; 0 done, 2 bad input, 1 anything else."""
     options = _parser().parse_intermixed_args(arguments)
     log_to_console(logging.WARNING)
     run: Path = options.run if options.run is not None else options.checkpoint.resolve().parent.parent
-    try:
-        if options.suspects < 0:
-            raise InputError(f"--suspects={options.suspects} is below 0; give how many labels to list, e.g. 500")
-        if not (run / "config.yaml").is_file():
-            raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
-        config = load_config(run / "config.yaml", options.overrides, environment={})
-        check_paths(config)
-        evaluation, vocabulary, name = evaluate_weights(
-            config, run, options.checkpoint, options.weights == "ema", options.suspects
-        )
-        output = options.output or run / "evaluation.json"
-        write_json(output, report(evaluation, vocabulary, name))
-    except (InputError, DivergedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return diagnose(error).exit_code or 1
+    if options.checkpoint is not None and not options.checkpoint.exists():
+        raise InputError(f"--checkpoint {options.checkpoint} does not exist; give a folder of a run's checkpoints/")
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
+    config = load_config(run / "config.yaml", options.overrides, environment={})
+    check_paths(config)
+    output: Path = options.output or output_file(str(run / "evaluation.json"))
+    evaluation, vocabulary, name = evaluate_weights(
+        config, run, options.checkpoint, options.weights == "ema", options.suspects
+    )
+    write_json(output, report(evaluation, vocabulary, name))
     with reader_may_leave():
         Console().print(as_table(evaluation, vocabulary, name))
         print(f"every tag's average precision: {output}")

@@ -21,6 +21,7 @@ import orjson
 from numpy.typing import NDArray
 
 from Configuration_System import VocabularySection
+from tagger.command import command
 from tagger.data.closed_counts import closed_counts
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.sidecar import RATINGS, clean_tag
@@ -28,6 +29,7 @@ from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 from tagger.ontology import ONTOLOGY_FILE, Ontology
 from tagger.ontology_file import read_ontology
+from tagger.options import Parser, input_file, output_file, whole
 
 FORMAT_VERSION = 1
 RATING_PREFIX = "rating:"
@@ -167,6 +169,8 @@ class TagVocabulary:
             vocabulary = _from_rows(content["tags"])
         except VocabularyError as error:
             raise FormatError(f"vocabulary {path}: {error}") from error
+        except FormatError:
+            raise
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise FormatError(
                 f"vocabulary {path} has not the form of a vocabulary ({type(error).__name__}: {error}); make it anew"
@@ -378,52 +382,52 @@ def _from_foreign(content: Mapping[str, Any]) -> TagVocabulary:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vocabulary.py",
         description="Count the tags of a data set and write the vocabulary that a model learns.",
         epilog="example: python vocabulary.py data/demo --min-frequency 20 --output vocabulary.json",
     )
     parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of images with sidecars")
-    parser.add_argument("--min-frequency", type=int, required=True, metavar="N", help="keep tags of at least N images")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where to write the vocabulary")
-    parser.add_argument("--ignore-file", type=Path, metavar="FILE", help="tags to leave out, one a line")
+    parser.add_argument(
+        "--min-frequency", type=whole(), required=True, metavar="N", help="keep tags of at least N images"
+    )
+    parser.add_argument(
+        "--output", type=output_file, required=True, metavar="FILE", help="where to write the vocabulary"
+    )
+    parser.add_argument("--ignore-file", type=input_file, metavar="FILE", help="tags to leave out, one a line")
     parser.add_argument(
         "--extra-fields", default="", metavar="a,b", help="other sidecar fields that become prefixed tags"
     )
     parser.add_argument("--ratings", choices=("tags", "ignore"), default="tags", help="default: tags")
-    parser.add_argument("--categories-file", type=Path, metavar="FILE", help="CSV table name,category")
-    parser.add_argument("--ontology-file", type=Path, metavar="FILE", help="YAML with aliases and implications")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or JSON Lines file instead of sidecars")
-    parser.add_argument("--corrections", type=Path, metavar="FILE", help="journal of corrected tags to lay over them")
+    parser.add_argument("--categories-file", type=input_file, metavar="FILE", help="CSV table name,category")
+    parser.add_argument("--ontology-file", type=input_file, metavar="FILE", help="YAML with aliases and implications")
+    parser.add_argument(
+        "--annotations", type=input_file, metavar="FILE", help="JSON or JSON Lines file instead of sidecars"
+    )
+    parser.add_argument(
+        "--corrections", type=input_file, metavar="FILE", help="journal of corrected tags to lay over them"
+    )
     parser.add_argument("--index-dir", type=Path, default=DEFAULT_INDEX_DIR, metavar="DIR", help="default: %(default)s")
     return parser.parse_args(arguments)
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives the exit code: 0 done, 2 bad input."""
     options = _parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        index = open_index(
-            options.roots,
-            options.index_dir,
-            extra_fields=[name for name in options.extra_fields.split(",") if name.strip()],
-            annotations=options.annotations,
-            corrections=options.corrections,
-        )
-        ontology = read_ontology(options.ontology_file) if options.ontology_file else None
-        vocabulary = build_vocabulary(
-            index,
-            options.min_frequency,
-            read_ignore_file(options.ignore_file) if options.ignore_file else (),
-            options.ratings,
-            read_categories_file(options.categories_file) if options.categories_file else None,
-            ontology,
-        )
-        vocabulary.save(options.output)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    ignored = read_ignore_file(options.ignore_file) if options.ignore_file else ()
+    categories = read_categories_file(options.categories_file) if options.categories_file else None
+    ontology = read_ontology(options.ontology_file) if options.ontology_file else None
+    index = open_index(
+        options.roots,
+        options.index_dir,
+        extra_fields=[name for name in options.extra_fields.split(",") if name.strip()],
+        annotations=options.annotations,
+        corrections=options.corrections,
+    )
+    vocabulary = build_vocabulary(index, options.min_frequency, ignored, options.ratings, categories, ontology)
+    vocabulary.save(options.output)
     for line in (*index.report(), *([ontology.describe(index.tag_names)] if ontology else [])):
         print(line)
     groups = {name: vocabulary.categories.count(name) for name in dict.fromkeys(vocabulary.categories)}

@@ -4,7 +4,6 @@ Three cases: the writer is idle, as in most runs; it is writing the save before;
 plain copy goes into memory that was touched before. Nothing is compared with a clock of another run.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,9 @@ from tagger.checkpoint.format import Tensors
 from tagger.checkpoint.retention import SavePolicy
 from tagger.checkpoint.saver import CheckpointSaver
 from tagger.checkpoint.store import CheckpointStore
+from tagger.command import command
 from tagger.files import write_json
+from tagger.options import Parser, input_folder, output_file, whole
 from training_utils import ExponentialMovingAverage, MixedPrecisionTrainer, TrainState, create_optimizer
 
 WIDTH = 640
@@ -114,19 +115,18 @@ def repeated(folder: Path, state: TrainState, plain: PlainCopy, rounds: int, cas
     return times
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints the ratios, and 1 where a median is above 1.3."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure how long a save holds training up against a plain memory copy of the state.",
         epilog="example: python -m scripts.benchmark_checkpoint --megabytes 500",
     )
-    parser.add_argument("--megabytes", type=int, default=500, help="size of the state (default: 500)")
-    parser.add_argument("--rounds", type=int, default=11, help="pairs of each case (default: 11)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--megabytes", type=whole(), default=500, help="size of the state (default: 500)")
+    parser.add_argument("--rounds", type=whole(), default=11, help="pairs of each case (default: 11)")
+    parser.add_argument("--folder", type=input_folder, help="where to write (default: a temporary folder)")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
-    if options.megabytes < 1 or options.rounds < 1:
-        parser.error("--megabytes and --rounds must be at least 1")
     console = Console()
     state = make_state(options.megabytes)
     plain = PlainCopy(state)

@@ -5,7 +5,6 @@ median of the turns counts. The loop does the least that gives tag numbers: it r
 os.close), parses it (orjson) and looks its tags up, and it is given the paths.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -25,11 +24,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from tagger.command import command
 from tagger.data.generations import Generation
 from tagger.data.index import MetadataIndex, finish_index, open_index
 from tagger.data.index_build import RowWriter
 from tagger.data.scan import Problems, scan_root
 from tagger.files import write_json
+from tagger.options import Parser, input_folder, output_file, whole
 
 TAGS_A_ROW = 36
 NUM_TAGS = 20_000
@@ -234,28 +235,29 @@ def measure_reopen(scratch: Path, num_rows: int, turns: int) -> Reopen:
     return Reopen(num_rows, load, start, verify, grown / 1e6)
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints a table and writes the figures where asked to."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.benchmark_index",
         description="Measure the metadata index: building it, reopening it, bytes a row.",
         epilog="example: python -m scripts.benchmark_index --files 20000 --rows 1000000 --output index.json",
     )
-    parser.add_argument("--files", type=int, default=100_000, help="sidecars to build from (default: %(default)s)")
     parser.add_argument(
-        "--rows", type=int, default=10_000_000, help="rows of the reopened index (default: %(default)s)"
+        "--files", type=whole(2 * FILES_A_FOLDER), default=100_000, help="sidecars to build from (default: %(default)s)"
     )
-    parser.add_argument("--turns", type=int, default=5, help="turns of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=whole(), default=10_000_000, help="rows of the reopened index (default: %(default)s)"
+    )
+    parser.add_argument("--turns", type=whole(), default=5, help="turns of each kind (default: %(default)s)")
     parser.add_argument(
         "--folder",
-        type=Path,
+        type=input_folder,
         metavar="DIR",
         help="where to put 2 GB for a minute; a disk in memory, such as /dev/shm, is quickest",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
-    if options.files < 2 * FILES_A_FOLDER or options.rows < 1 or options.turns < 1:
-        parser.error(f"--files has to be {2 * FILES_A_FOLDER} or more, --rows and --turns 1 or more")
     console = Console()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         scratch = Path(name)

@@ -8,7 +8,6 @@
    replaced by a wait that needs no interpreter lock, so that two cores can show it.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -31,8 +30,10 @@ from dataset_loader import DataLoader, create_dataloaders, open_dataset
 from scripts import build_cache
 from scripts.loader_workloads import HELD_OUT, PillowDataset, WaitingImages, make_photographs
 from tagger.batch import Batch
+from tagger.command import command
 from tagger.config_io import save_yaml
 from tagger.files import write_json
+from tagger.options import Parser, output_file
 from vocabulary import build_vocabulary
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "unified_config.yaml"
@@ -310,14 +311,15 @@ def show(figures: Sequence[Figure], rates: dict[str, list[float]], console: Cons
     console.print(table)
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints the tables; exit code 0 whatever the goals say."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure the input pipeline in ratios within one run.",
         epilog="example: python -m scripts.benchmark_loader --quick --output loader.json",
     )
     parser.add_argument("--quick", action="store_true", help="fewer images and rounds, about half a minute")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures and every round as JSON")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the figures and every round as JSON")
     options = parser.parse_args(arguments)
     num_images, num_rounds = (2 * BATCH, 3) if options.quick else (6 * BATCH, 7)
     console = Console()

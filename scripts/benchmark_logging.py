@@ -1,6 +1,5 @@
 """What a Weights & Biases that never answers costs the training thread: a share of a small model's step, in one run."""
 
-import argparse
 import functools
 import statistics
 import sys
@@ -12,7 +11,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from tagger.command import command
 from tagger.errors import SinkError
+from tagger.options import Parser, whole
 from tagger.wandb_sink import WandbSink
 
 # Stands in for the package: it begins and never comes back.
@@ -60,10 +61,11 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 1 where reporting every step costs more than a hundredth of it."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python -m scripts.benchmark_logging")
-    parser.add_argument("--entries", type=int, default=5000, help="reports to make (default: %(default)s)")
+    parser = Parser(description=__doc__, epilog="example: python -m scripts.benchmark_logging")
+    parser.add_argument("--entries", type=whole(), default=5000, help="reports to make (default: %(default)s)")
     options = parser.parse_args(arguments)
     step_s, report_s, refused = measure(options.entries, 50)
     share = report_s / step_s

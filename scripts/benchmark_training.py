@@ -4,7 +4,6 @@ Both do the same work on the same batches in memory, so the ratio holds on a noi
 does in a real run: augmentation off, clipping, EMA, schedule, meter, log lines to every sink, checkpoints when due.
 """
 
-import argparse
 import copy
 import dataclasses
 import statistics
@@ -25,7 +24,9 @@ import start_up
 import train_direct
 from Configuration_System import FullConfig, load_config
 from tagger.batch import Batch
+from tagger.command import command
 from tagger.files import write_json
+from tagger.options import Parser, output_file, whole
 from tagger.run_folder import RunFolder
 from tagger.stop import StopRequest
 from training_utils import create_optimizer
@@ -129,14 +130,15 @@ def measure(config: FullConfig, num_steps: int, console: Console) -> PairedLoade
     return loader
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints both medians and their ratio."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure the training loop's own cost against a bare loop, in one run.",
         epilog="example: python -m scripts.benchmark_training --steps 60",
     )
-    parser.add_argument("--steps", type=int, default=60, help="steps of each kind (default: 60)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--steps", type=whole(), default=60, help="steps of each kind (default: 60)")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.preset=vit_small")
     options = parser.parse_intermixed_args(arguments)
     if options.steps <= WARMUP_STEPS:

@@ -6,6 +6,7 @@ cannot be decoded is left out and listed in refused.json with its reason; traini
 
 import argparse
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ from rich.progress import (
 
 from Configuration_System import FullConfig, load_config
 from dataset_loader import open_dataset
-from tagger.data.shrink_build import REFUSED, BuildOptions, BuildProgress, BuildReport, build_cache
+from tagger.command import command
+from tagger.data.shrink_build import REFUSED, BuildOptions, BuildProgress, BuildReport, build_cache, check_folder
 from tagger.data.shrink_cache import CacheError, CacheRecipe
-from tagger.errors import InputError, StorageError
+from tagger.options import Parser, number, output_folder, whole
 
 EXAMPLE = (
     "example:\n  python -m scripts.build_cache configs/demo.yaml --folder .tagsmith/cache-448 --size 448\n"
@@ -69,7 +71,7 @@ def _options(config: FullConfig, arguments: argparse.Namespace) -> BuildOptions:
         recipe,
         max_pixels=int(config.data.max_megapixels * 1_000_000),
         form="loose" if arguments.loose else "tar",
-        shard_bytes=int(arguments.shard_mb * 1_000_000),
+        shard_bytes=math.ceil(arguments.shard_mb * 1_000_000),
         shard_images=arguments.shard_images,
         num_workers=arguments.workers,
         prune=arguments.prune,
@@ -95,8 +97,8 @@ def _lines(report: BuildReport, folder: Path) -> list[str]:
     return lines
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m scripts.build_cache",
         description="Copy a data set's images once at training size, so that training decodes small files.",
         epilog=EXAMPLE,
@@ -104,13 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", type=Path, metavar="RECIPE", help="a recipe that names the data set")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.roots=[/my/images]")
-    parser.add_argument("--folder", type=Path, help="where the cache is (default: data.cache_dir)")
-    parser.add_argument("--size", type=int, help="longest side of the copies, pixels (default: data.image_size)")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality (default: 95; colour is kept 4:4:4)")
+    parser.add_argument("--folder", type=output_folder, help="where the cache is (default: data.cache_dir)")
+    parser.add_argument(
+        "--size", type=whole(1, 65_500), help="longest side of the copies, pixels (default: data.image_size)"
+    )
+    parser.add_argument(
+        "--quality", type=whole(1, 100), default=95, help="JPEG quality (default: 95; colour is kept 4:4:4)"
+    )
     parser.add_argument("--loose", action="store_true", help="folders of files instead of tar shards")
-    parser.add_argument("--shard-mb", type=float, default=1000, help="a shard is closed at this size (default: 1000)")
-    parser.add_argument("--shard-images", type=int, default=20_000, help="or with so many images (default: 20000)")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: none beside this one)")
+    parser.add_argument(
+        "--shard-mb", type=number(), default=1000, help="a shard is closed at this size (default: 1000)"
+    )
+    parser.add_argument("--shard-images", type=whole(), default=20_000, help="or with so many images (default: 20000)")
+    workers = "processes (default: one a core; 0: none beside this one)"
+    parser.add_argument("--workers", type=whole(0, 1024), help=workers)
     parser.add_argument("--prune", action="store_true", help="drop copies of images that are no longer in the data set")
     parser.add_argument("--verify", action="store_true", help="check every copy first, and make damaged ones anew")
     return parser
@@ -121,7 +130,12 @@ def _build(arguments: argparse.Namespace, console: Console) -> tuple[BuildReport
     folder = arguments.folder or (Path(config.data.cache_dir) if config.data.cache_dir is not None else None)
     if folder is None:
         raise CacheError("no folder for the cache; give --folder, for example --folder .tagsmith/cache")
+    try:
+        output_folder(str(folder))
+    except argparse.ArgumentTypeError as error:
+        raise CacheError(f"data.cache_dir: {error}") from error
     options = _options(config, arguments)
+    check_folder(folder, options, [Path(root) for root in config.data.roots])
     index = open_dataset(config.data)
     bar = _Bar(console)
     with bar.progress:
@@ -129,21 +143,12 @@ def _build(arguments: argparse.Namespace, console: Console) -> tuple[BuildReport
         return build_cache(folder, index, options, show), folder
 
 
+@command("what is committed stays, start again to go on")
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 bad input, 1 failed storage, 130 stopped by Ctrl-C; what is committed stays."""
+    """The command: 0 done, 2 bad input, 6 failed storage; what is committed stays."""
+    arguments = _parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    console = Console(stderr=True)
-    try:
-        report, folder = _build(_parser().parse_intermixed_args(argv), console)
-    except InputError as error:
-        print(f"build_cache: {error}", file=sys.stderr)
-        return 2
-    except StorageError as error:
-        print(f"build_cache: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("build_cache: stopped; what is committed stays, start again to go on", file=sys.stderr)
-        return 130
+    report, folder = _build(arguments, Console(stderr=True))
     print("\n".join(_lines(report, folder)))
     return 0
 

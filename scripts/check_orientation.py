@@ -14,9 +14,11 @@ import orjson
 
 from Configuration_System import FullConfig, OrientationSection
 from orientation_handler import MODES, OrientationHandler, Veto
+from tagger.command import command
 from tagger.config_io import compose, read_recipe
 from tagger.ontology import ONTOLOGY_FILE, Ontology
 from tagger.ontology_file import read_ontology
+from tagger.options import Parser
 from tagger.output import reader_may_leave
 from vocabulary import TagVocabulary
 
@@ -157,9 +159,10 @@ def _settings_of(source: Path) -> tuple[Path, OrientationSection, Ontology | Non
     return source / "vocabulary.json", section, read_ontology(ontology) if ontology.exists() else None
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.check_orientation",
         description="List which tags mirroring swaps, which directional tags the map lacks and which forbid mirroring.",
         epilog=EXAMPLE,
@@ -172,15 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", choices=MODES, help="default: the run's, else conservative")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    try:
-        vocabulary_path, section, ontology = _settings_of(arguments.source)
-        map_path = section.map_path if arguments.map is None else arguments.map
-        map_path = None if map_path == NO_MAP else map_path
-        handler = OrientationHandler(map_path, arguments.mode or section.mode, ontology)
-        found = report(handler, TagVocabulary.load(vocabulary_path))
-    except (ValueError, OSError) as error:
-        print(f"check_orientation: {error}", file=sys.stderr)
-        return 2
+    vocabulary_path, section, ontology = _settings_of(arguments.source)
+    map_path = section.map_path if arguments.map is None else arguments.map
+    handler = OrientationHandler(None if map_path == NO_MAP else map_path, arguments.mode or section.mode, ontology)
+    found = report(handler, TagVocabulary.load(vocabulary_path))
     with reader_may_leave():
         as_json = orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2).decode()
         print(as_json if arguments.json else "\n".join(_lines(found)))

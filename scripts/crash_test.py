@@ -4,7 +4,6 @@ What must hold: no checkpoint is unloadable, the newest is never behind what was
 left and the next start removes it, damage is always noticed and the checkpoint before used, a full disk stops nothing.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -19,15 +18,18 @@ from scripts.faults.kills import kills_at_points, random_kills
 from scripts.faults.mutations import mutations
 from scripts.faults.real_run import killed_runs
 from scripts.faults.toy_run import Outcome
+from tagger.command import command
 from tagger.files import write_json
+from tagger.options import Parser, input_folder, output_file, whole
 
 QUICK = {"kills": 10, "points": 0, "train": 0, "mutations": 60, "offsets": 5}
 _SHOWN = 10
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: a table, and 1 where anything did not hold."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Kill, damage and fill up what a run saves, and check what is left. Takes some minutes.",
         epilog="example: nice -n 19 python -m scripts.crash_test --kills 200; a 0 leaves a part out",
     )
@@ -39,11 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "offsets": (20, "places within a checkpoint at which a disk is full"),
     }
     for name, (number, meaning) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: {number})")
+        parser.add_argument(f"--{name}", type=whole(0), metavar="N", help=f"{meaning} (default: {number})")
     parser.add_argument("--quick", action="store_true", help=f"a sample: {QUICK}")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments and places (default: 0)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder, removed afterwards)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the random moments and places (default: 0)")
+    parser.add_argument(
+        "--folder", type=input_folder, help="where to write (default: a temporary folder, removed afterwards)"
+    )
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="write the figures as JSON")
     options = parser.parse_args(arguments)
     chosen = {
         name: given if (given := vars(options)[name]) is not None else QUICK[name] if options.quick else default

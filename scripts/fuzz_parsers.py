@@ -19,12 +19,14 @@ import orjson
 from PIL import Image
 
 from orientation_handler import OrientationError, OrientationHandler
+from tagger.command import command
 from tagger.data.decode import DecodeError, DecodeOptions, decode
 from tagger.data.headers import HeaderError, parse_header
 from tagger.data.sidecar import SidecarError, parse_extra_fields, parse_sidecar
 from tagger.files import FormatError
 from tagger.ontology import OntologyError, relate
 from tagger.ontology_file import read_ontology
+from tagger.options import Parser, output_folder, whole
 from vocabulary import TagVocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,13 +195,16 @@ def _fuzz_apart(parser: str, arguments: argparse.Namespace) -> bool:
     return False
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit codes at the top of this file."""
-    parser = argparse.ArgumentParser(description="Fuzz the parsers of other people's files.")
+    parser = Parser(description="Fuzz the parsers of other people's files.")
     parser.add_argument("parsers", nargs="*", metavar="PARSER", help=f"{', '.join(PARSERS)}; none: all of them")
-    parser.add_argument("--seconds", type=int, default=60, help="time for each parser")
-    parser.add_argument("--rss-mb", type=int, default=512, help="more memory than this is a finding")
-    parser.add_argument("--findings", default="findings", help="folder for inputs that a parser stumbles over")
+    parser.add_argument("--seconds", type=whole(), default=60, help="time for each parser")
+    parser.add_argument("--rss-mb", type=whole(), default=512, help="more memory than this is a finding")
+    parser.add_argument(
+        "--findings", type=output_folder, default="findings", help="folder for inputs that a parser stumbles over"
+    )
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.parsers if name not in PARSERS]
     if unknown:

@@ -3,7 +3,6 @@
 Does what the start of a training does anyway, with a progress bar and with every rejected file by name.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -15,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from tagger.command import command
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.scan import printable
-from tagger.errors import InputError
 from tagger.files import write_atomic
+from tagger.options import Parser, input_file, output_file
 from vocabulary import DEFAULT_INDEX_DIR
 
 TOP_REASONS = 10
@@ -103,46 +103,48 @@ def _line(path: str, reason: str) -> str:
     return "\t".join(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text) for text in (path, reason))
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives the exit code: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.index",
         description="Index folders of images with sidecars; a second call reads only what has changed.",
         epilog="example: python -m scripts.index data/demo --extra-fields categories --list-rejected rejected.txt",
     )
     parser.add_argument("roots", nargs="+", metavar="ROOT", help="folder of images with sidecars")
     parser.add_argument("--extra-fields", default="", metavar="a,b", help="sidecar fields that become prefixed tags")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or JSON Lines file instead of sidecars")
-    parser.add_argument("--corrections", type=Path, metavar="FILE", help="journal of corrected tags to lay over them")
+    parser.add_argument(
+        "--annotations", type=input_file, metavar="FILE", help="JSON or JSON Lines file instead of sidecars"
+    )
+    parser.add_argument(
+        "--corrections", type=input_file, metavar="FILE", help="journal of corrected tags to lay over them"
+    )
     parser.add_argument("--index-dir", type=Path, default=DEFAULT_INDEX_DIR, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--headers", action="store_true", help="also read the width and height of every image")
     parser.add_argument(
-        "--list-rejected", type=Path, metavar="FILE", help="write each unusable file and why, one a line"
+        "--list-rejected", type=output_file, metavar="FILE", help="write each unusable file and why, one a line"
     )
     options = parser.parse_args(arguments)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console) as progress:
-            bars = Bars(progress)
-            index = open_index(
-                options.roots,
-                options.index_dir,
-                extra_fields=[name for name in options.extra_fields.split(",") if name.strip()],
-                annotations=options.annotations,
-                corrections=options.corrections,
-                headers=options.headers,
-                progress=bars,
-            )
-            bars.close()
-        show(index, console)
-        if options.list_rejected is not None:
-            lines = [line for _, line in problem_lines(index)]
-            write_atomic(options.list_rejected, "".join(f"{line}\n" for line in lines).encode())
-            console.print(f"{len(lines):,} lines written to {options.list_rejected}", highlight=False, markup=False)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with Progress(*columns, console=console) as progress:
+        bars = Bars(progress)
+        index = open_index(
+            options.roots,
+            options.index_dir,
+            extra_fields=[name for name in options.extra_fields.split(",") if name.strip()],
+            annotations=options.annotations,
+            corrections=options.corrections,
+            headers=options.headers,
+            progress=bars,
+        )
+        bars.close()
+    show(index, console)
+    if options.list_rejected is not None:
+        lines = [line for _, line in problem_lines(index)]
+        write_atomic(options.list_rejected, "".join(f"{line}\n" for line in lines).encode())
+        written = f"{len(lines):,} lines written to {printable(options.list_rejected)}"
+        console.print(written, highlight=False, markup=False)
     console.print(f"index: {index.path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 

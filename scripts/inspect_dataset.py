@@ -6,7 +6,7 @@ Refuses a data set without a single usable image.
 
 import argparse
 import dataclasses
-import signal
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from tagger.command import command
 from tagger.data.index import open_index
 from tagger.data.near_duplicates import MAX_BITS
 from tagger.data.survey import Distribution, Survey, survey
 from tagger.errors import InputError
+from tagger.options import Parser, input_file, number, output_file, whole
+from tagger.output import reader_may_leave
 from vocabulary import DEFAULT_INDEX_DIR
 
 JSON_FORMAT_VERSION = 1
@@ -118,55 +121,61 @@ def _counts(title: str, counts: Sequence[tuple[str, int]], full: int) -> Table:
     return table
 
 
-def _write_page(found: Survey, path: Path, max_pixels: int) -> None:
-    """Raises ModuleNotFoundError without the extra, InputError where the file cannot be written."""
-    from tagger.survey_page import write_page
-
+def _page(options: argparse.Namespace) -> Path | None:
+    """Where the page goes, None for no page. Raises InputError where it was asked for and cannot be."""
+    if options.no_page:
+        return None
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "jinja2")):
+        if options.output is not None:
+            raise InputError(f"--output {options.output}: {INSTALL_HINT}")
+        print(f"no page: {INSTALL_HINT}", file=sys.stderr)
+        return None
+    if options.output is not None:
+        return Path(options.output)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_page(found, path, max_pixels=max_pixels)
-    except OSError as error:
-        raise InputError(f"--output {path}: cannot write it: {error.strerror}; name another file") from error
+        return output_file(str(DEFAULT_PAGE))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"the page: {error}, with --output FILE; --no-page is for none") from error
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.inspect_dataset",
         description="Say what is in a data set, and write a page of it.",
         epilog="example: python -m scripts.inspect_dataset data/demo --output demo.html",
     )
     parser.add_argument("roots", nargs="+", type=Path, metavar="ROOT", help="folders with images and sidecars")
-    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page (default: {DEFAULT_PAGE})")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help=f"the page (default: {DEFAULT_PAGE})")
     parser.add_argument("--no-page", action="store_true", help="write no page")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or JSONL file instead of sidecars")
-    parser.add_argument("--corrections", type=Path, metavar="FILE", help="journal of corrected tags to lay over them")
+    parser.add_argument("--annotations", type=input_file, metavar="FILE", help="JSON or JSONL file instead of sidecars")
+    parser.add_argument(
+        "--corrections", type=input_file, metavar="FILE", help="journal of corrected tags to lay over them"
+    )
     parser.add_argument(
         "--extra-fields", nargs="+", default=[], metavar="FIELD", help="sidecar fields that become tags, as in a recipe"
     )
     parser.add_argument(
-        "--bits", type=int, default=3, help=f"threshold of near-duplicates, 0 to {MAX_BITS} (default: 3)"
+        "--bits", type=whole(0, MAX_BITS), default=3, help=f"threshold of near-duplicates, 0 to {MAX_BITS} (default: 3)"
     )
     parser.add_argument("--no-duplicates", action="store_true", help="do not read every image for near-duplicates")
     parser.add_argument(
-        "--max-megapixels", type=float, default=200.0, help="larger images are not decoded (default: 200)"
+        "--max-megapixels", type=number(), default=200.0, help="larger images are not decoded (default: 200)"
     )
     parser.add_argument("--index-dir", type=Path, default=Path(DEFAULT_INDEX_DIR), help="where the index is kept")
     options = parser.parse_args(arguments)
-    if not 0 <= options.bits <= MAX_BITS:
-        parser.error(f"--bits {options.bits}: give 0 to {MAX_BITS}")
     if options.no_page and options.output is not None:
         parser.error("--output and --no-page exclude each other")
     return options
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 done, 2 bad input."""
     options = _parse(arguments)
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    messages = Console(stderr=True)
-    try:
-        found = look(options, messages)
+    page = _page(options)
+    found = look(options, Console(stderr=True))
+    with reader_may_leave():
         if options.json:
             content = {"format_version": JSON_FORMAT_VERSION, **dataclasses.asdict(found)}
             sys.stdout.write(
@@ -174,21 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         else:
             show(found, Console())
-        if not options.no_page:
-            page = options.output or DEFAULT_PAGE
-            try:
-                _write_page(found, page, int(options.max_megapixels * 1e6))
-            except ModuleNotFoundError as error:
-                if options.output is not None:
-                    raise InputError(f"--output {page}: {INSTALL_HINT}") from error
-                print(f"no page: {INSTALL_HINT}", file=sys.stderr)
-            else:
-                print(f"page: {page}", file=sys.stderr)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if page is not None:
+        from tagger.survey_page import write_page  # needs the extra
+
+        write_page(found, page, max_pixels=int(options.max_megapixels * 1e6))
+        print(f"page: {page}", file=sys.stderr)
     return 0
 
 

@@ -5,11 +5,13 @@ unfinished or different one is drawn anew, beside the old one, which goes only w
 output folder that holds anything this command did not write.
 """
 
-import argparse
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,8 +24,10 @@ import psutil
 from PIL import Image
 
 from scripts.demo_scene import Dice, render, sample_scene, tags_of
+from tagger.command import command, held_back
 from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
+from tagger.options import Parser, output_folder, whole
 
 DEFAULT_OUTPUT = Path("data/demo")
 DEFAULT_COUNT = 10000
@@ -32,6 +36,7 @@ MARKER = ".demo-complete"  # no .json at its end, so that nobody takes it for a 
 FORMAT_VERSION = 1
 DRAWING_VERSION = 5  # raise it when the pictures change: sets drawn before are then drawn anew
 IMAGES_PER_FOLDER = 400
+IMAGES_A_TASK = 20  # whoever stops the command waits for the ones that have begun
 
 FILE_WEIGHTS = {"jpeg": 0.5, "turned_jpeg": 0.12, "png": 0.17, "webp": 0.12, "alpha_png": 0.06, "alpha_webp": 0.03}
 SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -146,20 +151,38 @@ def _swap_in(partial: Path, output: Path, count: int, seed: int) -> None:
 
 
 def _draw_all(folder: Path, count: int, seed: int) -> dict[str, int]:
-    starts = range(0, count, IMAGES_PER_FOLDER)
+    starts = range(0, count, IMAGES_A_TASK)
     tag_counts: Counter[str] = Counter()
-    with ProcessPoolExecutor(max_workers=min(os.cpu_count() or 1, len(starts), 8)) as pool:
-        parts = [
-            pool.submit(_draw_part, folder, start, min(start + IMAGES_PER_FOLDER, count), seed) for start in starts
-        ]
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(starts), 8), initializer=_leave_signals_to_parent)
+    try:
+        with held_back(signal.SIGINT):
+            parts = [
+                pool.submit(_draw_part, folder, start, min(start + IMAGES_A_TASK, count), seed) for start in starts
+            ]
         for part in parts:
             tag_counts.update(part.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
     return dict(sorted(tag_counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _leave_signals_to_parent() -> None:
+    """A forked process has its parent's handlers; this one ends at SIGTERM, and with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _draw_part(folder: Path, start: int, stop: int, seed: int) -> Counter[str]:
     place = folder / f"part-{start // IMAGES_PER_FOLDER:02d}"
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     return Counter(tag for index in range(start, stop) for tag in _draw_one(place, index, seed))
 
 
@@ -194,24 +217,22 @@ def _sidecar(dice: Dice, filename: str, tags: tuple[str, ...]) -> dict[str, obje
     return {**sidecar, "rating": "general"} if dice.chance(0.5) else sidecar
 
 
+@command("nothing is left of an unfinished set")
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.make_demo_dataset",
         description="Draw the demo data set, or leave it alone where it stands.",
         epilog="example: python -m scripts.make_demo_dataset --output data/demo --count 10000 --seed 7",
     )
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the set (default: %(default)s)")
-    parser.add_argument("--count", type=int, help=f"number of images (default: as it stands, or {DEFAULT_COUNT})")
-    parser.add_argument("--seed", type=int, help=f"same seed, same bytes (default: as it stands, or {DEFAULT_SEED})")
+    parser.add_argument(
+        "--output", type=output_folder, default=DEFAULT_OUTPUT, help="folder of the set (default: %(default)s)"
+    )
+    parser.add_argument("--count", type=whole(), help=f"number of images (default: as it stands, or {DEFAULT_COUNT})")
+    parser.add_argument(
+        "--seed", type=whole(0), help=f"same seed, same bytes (default: as it stands, or {DEFAULT_SEED})"
+    )
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        demo = make_demo_dataset(options.output, options.count, options.seed)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        return 130
+    demo = make_demo_dataset(options.output, options.count, options.seed)
     rarest, fewest = min(demo.tag_counts.items(), key=lambda item: item[1])
     verb = "drew" if demo.drawn else "found"
     print(

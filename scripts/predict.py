@@ -13,10 +13,12 @@ import orjson
 
 from model_architecture import VisionTransformerConfig, create_model
 from tagger.artifact import load_artifact
+from tagger.command import command
 from tagger.contact_sheet import Card, SheetTag, draw_sheet
 from tagger.data.scan import printable
 from tagger.devices import resolve_device
 from tagger.errors import InputError
+from tagger.options import Parser, number, output_file, whole
 from tagger.output import reader_may_leave
 from tagger.predict import Prediction, Tagger, Unreadable, find_images
 from tagger.run_folder import describe_run, model_dir
@@ -60,12 +62,6 @@ def as_card(prediction: Prediction) -> Card:
 
 def tag_images(options: argparse.Namespace) -> int:
     """Tag what the options name and write it out; the exit code. Raises InputError for what the user can mend."""
-    if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise InputError(f"--threshold {options.threshold} is not between 0 and 1; it is a probability, e.g. 0.35")
-    if options.top is not None and options.top < 1:
-        raise InputError(f"--top {options.top} is below 1; give the number of tags to show, e.g. 10")
-    if options.sheet is not None and not options.sheet.absolute().parent.is_dir():
-        raise InputError(f"--sheet {options.sheet}: the folder does not exist; make it first")
     paths = find_images(options.images)
     if not paths:
         raise InputError(f"no images found in {', '.join(printable(place) for place in options.images)}")
@@ -93,38 +89,37 @@ def tag_images(options: argparse.Namespace) -> int:
     return 1 if num_unreadable else 0
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.predict", description="Tag images with a trained model.", epilog=EXAMPLE
-    )
+    parser = Parser(prog="python -m scripts.predict", description="Tag images with a trained model.", epilog=EXAMPLE)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run folder, e.g. runs/demo, or its model folder")
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders of them"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line: path, tags with name and score")
-    parser.add_argument("--threshold", type=float, metavar="P", help="lowest score shown, 0..1 (default: the model's)")
+    parser.add_argument(
+        "--threshold", type=number(least=0, most=1), metavar="P", help="lowest score shown, 0..1 (default: the model's)"
+    )
     parser.add_argument(
         "--closure", action="store_true", help="raise each tag to the score of tags that imply it (model's ontology)"
     )
-    parser.add_argument("--top", type=int, metavar="K", help="at most K tags an image")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (default: 16)")
+    parser.add_argument("--top", type=whole(), metavar="K", help="at most K tags an image")
+    parser.add_argument(
+        "--batch-size", type=whole(1, 65_536), default=16, metavar="N", help="images at a time (default: 16)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     parser.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help=f"also draw the first {SHEET_IMAGES} images with their tags"
+        "--sheet",
+        type=output_file,
+        metavar="FILE.png",
+        help=f"also draw the first {SHEET_IMAGES} images with their tags",
     )
     options = parser.parse_args(arguments)
     if options.sheet is not None and options.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         parser.error(f"--sheet {options.sheet}: name a .png file")
-    try:
-        with reader_may_leave():
-            return tag_images(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with reader_may_leave():
+        return tag_images(options)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ Reads the run folder and the data set that it names, writes nothing there. Refus
 whose training has not left a model.
 """
 
-import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +18,11 @@ from dataset_loader import open_dataset, split_dataset
 from model_architecture import VisionTransformerConfig, create_model
 from orientation_handler import OrientationHandler
 from tagger.artifact import load_artifact
+from tagger.command import command
 from tagger.errors import InputError
 from tagger.files import read_json
+from tagger.options import Parser, whole
+from tagger.output import reader_may_leave
 from tagger.predict import Prediction, Tagger
 from tagger.record import Record
 from tagger.run_folder import RunResults, model_dir, results_path
@@ -126,31 +127,26 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.report_run",
         description="Tag a few held-out images with a run's model and sum the run up.",
         epilog="example: python -m scripts.report_run runs/demo --predict 3",
     )
     parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
-    parser.add_argument("--predict", type=int, default=3, metavar="N", help="held-out images to tag (default: 3)")
+    parser.add_argument("--predict", type=whole(0), default=3, metavar="N", help="held-out images to tag (default: 3)")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     run: Path = options.run
     console = Console()
-    try:
-        if not (run / "config.yaml").is_file():
-            raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
-        config = load_config(run / "config.yaml", environment={})
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
+    config = load_config(run / "config.yaml", environment={})
+    with reader_may_leave():
         if options.predict > 0:
             console.print(tagged_table(run, config, pick_held_out(config, options.predict)))
         console.print(summary_table(run, config))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

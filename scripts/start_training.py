@@ -4,7 +4,6 @@ The mechanism behind start_training.sh and Start_AI_Training.ps1, which make the
 step that fails and exits with that step's code; asks nothing.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -17,7 +16,8 @@ from typing import Any
 
 from Configuration_System import FullConfig, load_config
 from scripts.make_demo_dataset import DEFAULT_OUTPUT, make_demo_dataset
-from tagger.errors import InputError
+from tagger.command import command
+from tagger.options import Parser
 
 DEMO_CONFIG = "configs/demo.yaml"
 RESUME_WORDS = ("latest", "best", "none")
@@ -107,20 +107,21 @@ def run_all(config_file: str, resume: str | None, overrides: Sequence[str], *, v
         demo = make_demo_dataset()
         print(f"demo data set: {demo.num_images} images in {demo.folder}{'' if demo.drawn else ' (found)'}", flush=True)
     run = str(config.run.folder)
-    words = [] if resume is None else ["--resume", resume]
-    words += ["--validate-only"] if validate_only else []
-    train = ["train_direct.py", "--config", config_file, *words, *overrides]
+    flags = [] if resume is None else ["--resume", resume]
+    flags += ["--validate-only"] if validate_only else []
+    train = ["train_direct.py", "--config", config_file, *flags, *overrides]
     afterwards = (["validation_loop.py", "--run", run], ["-m", "scripts.report_run", run])
-    for command in (train, *(() if validate_only else afterwards)):
-        code = Step([sys.executable, *command]).run()
+    for words in (train, *(() if validate_only else afterwards)):
+        code = Step([sys.executable, *words]).run()
         if code:
             return code
     return 0
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 done, else the code of the step that failed; 2 for bad settings."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.start_training",
         description="Train, evaluate and show a tagger. Paths in settings start at the project's folder.",
         epilog="example: python -m scripts.start_training training.num_epochs=3 run.name=short",
@@ -135,18 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resume = options.resume
     if resume is not None and resume not in RESUME_WORDS:
         resume = from_callers_folder(resume)
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        config_file = from_callers_folder(options.config)
-        return run_all(config_file, resume, options.overrides, validate_only=options.validate_only)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    config_file = from_callers_folder(options.config)
+    return run_all(config_file, resume, options.overrides, validate_only=options.validate_only)
 
 
 if __name__ == "__main__":

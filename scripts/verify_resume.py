@@ -4,9 +4,9 @@ Trains N steps straight, then again with stops at random steps, each leg in a pr
 of images and every tensor and number of the final state. Writes nothing outside a temporary folder.
 """
 
-import argparse
 import multiprocessing
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,13 +20,15 @@ from torch import Tensor
 
 import start_up
 import train_direct
-from Configuration_System import load_config
+from Configuration_System import check_paths, load_config
 from tagger.checkpoint.format import LoadedCheckpoint
 from tagger.checkpoint.store import load_checkpoint
+from tagger.command import command, held_back
 from tagger.data.windows import Window
 from tagger.errors import InputError
 from tagger.files import read_json, write_json
 from tagger.logs import log_to_console
+from tagger.options import Parser, whole
 from tagger.run_folder import RunFolder
 from tagger.stop import StopRequest
 
@@ -98,8 +100,13 @@ def run_legs(
         )
         leg = Leg(config, words, stop_at, folder / f"{name}-{number}.json")
         process = context.Process(target=train_leg, args=(leg,))
-        process.start()
-        process.join()
+        with held_back(signal.SIGINT):  # a terminal's Ctrl-C is for this process, which then ends the leg
+            process.start()
+        try:
+            process.join()
+        finally:
+            process.kill()
+            process.join()
         if process.exitcode:
             raise InputError(f"the leg to step {stop_at} ended with exit code {process.exitcode}; see above")
         content = read_json(leg.ledger, "ledger", FORMAT_VERSION)
@@ -136,36 +143,33 @@ def _first_value(ours: object, theirs: object, place: str) -> tuple[str, str] | 
     return None if ours == theirs else ("counters", f"{place}: {ours} straight, {theirs} resumed")
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: exit 0 where everything is equal, 1 where something differs, 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Check that your configuration resumes exactly: same images, weights and counters, bit for bit.",
         epilog="example: python -m scripts.verify_resume --config configs/demo.yaml --steps 20 --stops 2",
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe, e.g. configs/demo.yaml")
-    parser.add_argument("--steps", type=int, default=30, help="updates of the straight run (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(2), default=30, help="updates of the straight run (default: %(default)s)")
     parser.add_argument(
-        "--stops", type=int, default=2, help="how often the other run is stopped (default: %(default)s)"
+        "--stops", type=whole(), default=2, help="how often the other run is stopped (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the steps of the stops (default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="draws the steps of the stops (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over those of the file")
     options = parser.parse_intermixed_args(arguments)
-    if not 1 <= options.stops < options.steps:
-        parser.error(f"--stops {options.stops} needs to be at least 1 and below --steps {options.steps}")
+    if options.stops >= options.steps:
+        parser.error(f"--stops {options.stops} is not below --steps {options.steps}")
     stops = sorted(random.Random(options.seed).sample(range(1, options.steps), options.stops))
     console = Console()
-    try:
-        load_config(options.config, options.overrides)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            args = (options.config, options.overrides, folder)
-            rows = run_legs(*args, "straight", [options.steps]), run_legs(*args, "resumed", [*stops, options.steps])
-            states = [load_checkpoint(folder / name / "checkpoints", "latest") for name in ("straight", "resumed")]
-            straight, resumed = (state for state in states if state is not None)
-            difference = first_difference(straight, resumed, rows)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    check_paths(load_config(options.config, options.overrides))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        args = (options.config, options.overrides, folder)
+        rows = run_legs(*args, "straight", [options.steps]), run_legs(*args, "resumed", [*stops, options.steps])
+        states = [load_checkpoint(folder / name / "checkpoints", "latest") for name in ("straight", "resumed")]
+        straight, resumed = (state for state in states if state is not None)
+        difference = first_difference(straight, resumed, rows)
     table = Table("run", "stopped at", "updates", title="the same steps, straight and resumed")
     table.add_row("straight", "-", str(options.steps))
     table.add_row("resumed", ", ".join(map(str, stops)), str(options.steps))

@@ -7,7 +7,6 @@ files that do not exist, recipes that include each other, and ``${...}`` interpo
 import dataclasses
 import difflib
 import hashlib
-import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -30,50 +29,6 @@ _PLAIN = {int: ("a whole number", "3"), float: ("a number", "0.1"), bool: ("true
 
 class ConfigError(InputError):
     """A configuration that its author can mend; the message is one line that says what was found and what to do."""
-
-
-def require(condition: bool, found: str, remedy: str) -> None:
-    """Raise ConfigError "<found>; <remedy>" unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{found}; {remedy}")
-
-
-def positive(section: str, **values: float | None) -> None:
-    """Each setting of `section` is finite and above 0 (None passes)."""
-    for key, value in values.items():
-        require(
-            value is None or (value > 0 and math.isfinite(value)),
-            f"{section}.{key}={value} is not above 0 or not finite",
-            "use a positive number",
-        )
-
-
-def existing_files(**names: str | None) -> None:
-    """Each is a file (None passes); in the names of settings two underscores stand for the dot."""
-    for key, name in names.items():
-        require(
-            name is None or Path(name).is_file(),
-            f"{key.replace('__', '.')}: {name} is not a file (looked in {Path.cwd()})",
-            "correct the path, or set it to null",
-        )
-
-
-def not_negative(section: str, **values: float | None) -> None:
-    """Each setting of `section` is finite and at least 0 (None passes)."""
-    for key, value in values.items():
-        require(
-            value is None or (value >= 0 and math.isfinite(value)),
-            f"{section}.{key}={value} is below 0 or not finite",
-            "use 0 or a positive number",
-        )
-
-
-def fraction(section: str, **values: float | None) -> None:
-    """Each setting of `section` lies within 0..1 (None passes)."""
-    for key, value in values.items():
-        require(
-            value is None or 0 <= value <= 1, f"{section}.{key}={value} is not between 0 and 1", "use a share, e.g. 0.1"
-        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +57,8 @@ def _read_recipe(path: Path, parents: tuple[Path, ...]) -> list[Layer]:
     if resolved in parents:
         chain = " -> ".join(p.name for p in (*parents, resolved))
         raise ConfigError(f"{path}: recipes include each other ({chain}); remove one of the 'defaults'")
+    if resolved.is_dir():
+        raise ConfigError(f"configuration {path} is a folder; name the file, for example configs/demo.yaml")
     if not resolved.is_file():
         folder = resolved.parent
         names = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []

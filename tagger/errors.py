@@ -7,8 +7,25 @@
 4        the loss or its gradient is no longer a number
 5        out of memory
 6        storage: a checkpoint or the data could not be written or read
-130, 143 stopped by Ctrl-C or SIGTERM, with a checkpoint
+130, 143 stopped by Ctrl-C or SIGTERM; a training run with a checkpoint, anything else with its temporary files removed
 """
+
+import errno
+
+# What the system says of a path that somebody named; other errors are the storage's.
+PATH_ERRORS = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EINVAL,
+    )
+)
 
 
 class InputError(ValueError):

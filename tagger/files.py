@@ -54,6 +54,23 @@ def json_line(content: Mapping[str, object]) -> bytes:
         return json.dumps(content).encode("ascii") + b"\n"
 
 
+def refusal_to_write(folder: Path) -> str | None:
+    """Why no file can be made in a folder, or below the nearest one that is there where it is missing; None: one can.
+
+    Tried out with a file that leaves no trace.
+    """
+    place = folder.absolute()
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            return f"{place} is not a folder"
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"{place}: {error.strerror}"
+
+
 def read_json(path: Path, kind: str, format_version: int) -> dict[str, Any]:
     """The object in a JSON file of ours. `kind` names it for people ("vocabulary").
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import get_args
 
 from tagger.endings import Status
-from tagger.errors import InputError
+from tagger.errors import PATH_ERRORS, InputError
 from tagger.files import FormatError, read_json, write_json
 from tagger.logs import RunLogHandler
 from tagger.ontology import ONTOLOGY_FILE
@@ -121,6 +121,12 @@ class RunFolder:
                     f"or start another run with run.name={_free_name(path)}"
                 ) from error
             is_new = False
+        except OSError as error:
+            if error.errno not in PATH_ERRORS:
+                raise
+            raise RunFolderError(
+                f"run.output_dir: cannot make {path}: {error.strerror}; name another folder with run.output_dir="
+            ) from error
         try:
             lock = FolderLock(lock_path(path))
         except LockedError as error:

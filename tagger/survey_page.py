@@ -21,6 +21,7 @@ from PIL import Image
 from tagger.data.decode import RefusedImage, decode_image
 from tagger.data.quarantine import read_image_file
 from tagger.data.survey import Distribution, Survey
+from tagger.files import write_atomic
 
 _INK, _FAINT, _BAR = "#1c2026", "#767d88", "#3f6fb5"
 _THUMBNAIL_SIDE = 96
@@ -61,7 +62,7 @@ def write_page(survey: Survey, path: Path, *, max_pixels: int) -> None:
     text = environment.from_string(_PAGE).render(
         survey=survey, plots=_plots(survey), tags=survey.tag_counts[:_LISTED_TAGS], groups=groups
     )
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def short_number(value: float) -> str:

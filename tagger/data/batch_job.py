@@ -5,6 +5,7 @@ job reports what it refused instead of judging it: threads and processes do the 
 AssertionError, to touch a row that is held out.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -195,6 +196,11 @@ class BatchSource:
     def refills(self) -> bool:
         """Training refills a refused image's slot; validation leaves it out, or its scores would be of other images."""
         return self.sampler.seed is not None
+
+    @property
+    def largest_batch_bytes(self) -> int:
+        """Memory that the images of a full batch take."""
+        return min(self.plan.batch_size, len(self.sampler)) * math.prod(self.images.shape)
 
 
 class BatchMemory(Protocol):

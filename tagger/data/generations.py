@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from tagger.data.scan import DatasetError
-from tagger.files import write_json
+from tagger.files import refusal_to_write, write_json
 
 _KEPT = 2
 _STALE_TEMPORARY_S = 86_400.0
@@ -58,8 +58,18 @@ class Generation:
         return final
 
     def _cannot_write(self, error: OSError) -> str:
-        reason = error.strerror or error
-        return f"data.index_dir: cannot write {self._home}: {reason}; name another folder or make room"
+        return _cannot_write(self._home, str(error.strerror or error))
+
+
+def check_writable(home: Path) -> None:
+    """Raises DatasetError where no folder can be made in `home`: better known before the work than after it."""
+    reason = refusal_to_write(home)
+    if reason is not None:
+        raise DatasetError(_cannot_write(home, reason))
+
+
+def _cannot_write(home: Path, reason: str) -> str:
+    return f"data.index_dir: cannot write {home}: {reason}; name another folder or make room"
 
 
 def newest_first(home: Path) -> list[Path]:

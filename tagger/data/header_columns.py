@@ -64,6 +64,14 @@ class ImageHeaders:
         content = read_json(self.path / _BROKEN, "image headers", FORMAT_VERSION)
         return {int(row): reason for row, reason in content["broken"]}
 
+    def sizes(self) -> NDArray[np.uint32]:
+        """uint32 [N, 2]: (width, height) of each image, 0 where unknown, which is logged."""
+        sizes = np.stack([self.widths, self.heights], axis=1).astype(np.uint32)
+        if num_unknown := int((sizes == 0).any(axis=1).sum()):
+            message = "the size of %d of %d images is not known; they are batched with the square ones"
+            _log.warning(message, num_unknown, len(sizes))
+        return sizes
+
 
 @dataclass
 class _Columns:

@@ -6,6 +6,7 @@ costs no new reading. Rows are never pickled: an index travels to another proces
 pages.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from tagger.data.annotations import add_annotation_rows
 from tagger.data.columns import open_column
 from tagger.data.corrections import Corrections, read_corrections
-from tagger.data.generations import Generation, clean_up, newest_first
+from tagger.data.generations import Generation, check_writable, clean_up, newest_first
 from tagger.data.header_columns import ImageHeaders, carry_headers, newest_headers, read_headers
 from tagger.data.index_build import RowWriter
 from tagger.data.index_fingerprint import digest_of_scan, fingerprint_of
@@ -100,6 +101,8 @@ def _open_rows(
     generations = _readable_generations(home)
     while generations and not generations[0]._is_sound():
         del generations[0]
+    if not generations:
+        check_writable(home)
     old = generations[0] if generations and source is None else None
     problems = Problems()
     scans: list[FolderScan] = []
@@ -119,7 +122,8 @@ def _open_rows(
     fingerprint = fingerprint_of(scanned, scans)
     for index in generations:
         if index.complete and index.fingerprint == fingerprint and index._is_sound():
-            os.utime(index.path)  # in use: the clean-up keeps the most recent ones
+            with contextlib.suppress(PermissionError):  # an index that others made
+                os.utime(index.path)  # in use: the clean-up keeps the most recent ones
             index.update = Update(kept=index.num_rows + index.num_refused)
             _log.info("%s", index.update)
             return index

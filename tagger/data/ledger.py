@@ -26,7 +26,7 @@ class ImageLedger:
         self._speaker = _Speaker(purpose)
         self._refused_rows: set[int] = set()
         self._budget = budget
-        self._quarantine = quarantine
+        self.quarantine = quarantine
         self._partial: dict[str, None] = {}
         self.num_missed_cache = 0
 
@@ -43,11 +43,11 @@ class ImageLedger:
     @property
     def num_quarantined(self) -> int:
         """Files that are in quarantine now, whichever loader of the run met them."""
-        return self._quarantine.num_files
+        return self.quarantine.num_files
 
     def known_bad(self) -> KnownBad:
         """Files that need not be tried again."""
-        return self._quarantine.known_bad()
+        return self.quarantine.known_bad()
 
     def judge(self, outcomes: Sequence[Outcome]) -> None:
         """Count what was used and what was refused; raises DataFailureError past the failure budget."""
@@ -56,7 +56,7 @@ class ImageLedger:
                 if outcome.row not in self._refused_rows:
                     self._speaker.say(outcome.refused.path, str(outcome.refused))
                     self._refused_rows.add(outcome.row)
-                self._quarantine.record(outcome.refused)
+                self.quarantine.record(outcome.refused)
                 self._budget.refuse(outcome.refused)
                 continue
             came_back = outcome.row in self._refused_rows
@@ -66,7 +66,7 @@ class ImageLedger:
             if outcome.partial:
                 self._partial[self._name(outcome)] = None
             if outcome.mended:
-                self._quarantine.clear(self._name(outcome))
+                self.quarantine.clear(self._name(outcome))
 
     def report(self) -> None:
         """One line about what is not as it should be, if anything is."""

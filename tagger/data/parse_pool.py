@@ -23,6 +23,7 @@ from typing import IO, Generic, TypeVar
 import numpy as np
 import orjson
 
+from tagger.command import held_back
 from tagger.data.scan import DatasetError
 from tagger.data.sidecar import ExtraField
 from tagger.data.sidecar_rows import ParsedSidecars, SidecarParser
@@ -156,7 +157,9 @@ class _Helpers:
     def __enter__(self) -> "_Helpers":
         for number in range(self._number):
             try:
-                self._all.append(_Helper(number))
+                # The pipe's end is theirs; a signal to the whole group must not end them in the middle of a task.
+                with held_back(signal.SIGINT, signal.SIGTERM):
+                    self._all.append(_Helper(number))
             except OSError as error:
                 _log.warning("cannot start a process that parses sidecars (%s); going on with %d", error, number)
                 break
@@ -235,8 +238,9 @@ def _receive(stream: IO[bytes]) -> tuple[dict, bytes] | None:  # type: ignore[ty
 
 def main() -> int:
     """A parsing process: tasks on the standard input until it ends, answers on the standard output."""
-    # Ctrl-C reaches the whole group; this process ends when its parent closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Both reach the whole group; this process ends when its parent closes the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     tasks, answers = sys.stdin.buffer, sys.stdout.buffer
     first = _receive(tasks)
     if first is None:

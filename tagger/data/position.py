@@ -3,6 +3,11 @@
 import logging
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tagger.data.corrections import Corrections
+from tagger.data.sampler import RowSampler, hash_rows
 from tagger.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,19 @@ _OPTIONAL = {"sampling", "corrections"}
 
 class PositionError(InputError):
     """A position that this loader cannot resume from; the message names what differs."""
+
+
+def order_identity(
+    keys: NDArray[np.uint64], rows: NDArray[np.integer], sampler: RowSampler, corrections: Corrections | None
+) -> dict[str, int]:
+    """What the order in which a loader serves `rows`, known by `keys`, uint64 over the index, depends on."""
+    return {
+        "seed": -1 if sampler.seed is None else sampler.seed,
+        "rows": len(rows),
+        "rows_hash": hash_rows(keys, rows),
+        "sampling": sampler.scheme,
+        "corrections": 0 if corrections is None else corrections.hash,
+    }
 
 
 def differences(position: Mapping[str, int], identity: Mapping[str, int]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from tagger.data.batch_job import BatchSource, PreparedBatch
 from tagger.data.loader_process import Setup, board_bytes, board_of
 from tagger.data.messages import Begin, Done, End, Ended, Failed, Grant, LogLine, Ready, Sender, received, share
 from tagger.data.patience import HANG_S, MAX_RESTARTS, RESTART_WINDOW_S, RestartBudget, Stillness
+from tagger.data.prefetch import default_num_threads, num_cores
 from tagger.data.quarantine_log import KnownBad
 from tagger.data.slots import SlotRing
 from tagger.data.watch import rows_in_hand
@@ -62,6 +63,21 @@ def default_num_processes(num_cores: int, *, on_cuda: bool) -> tuple[int, str]:
     if num_cores < 4:
         return 0, f"{num_cores} cores decode too little to slow the trainer"
     return (1 if num_cores < 16 else 2), f"CUDA and {num_cores} cores"
+
+
+def plan_workers(
+    num_processes: int | None, num_threads: int | None, prefetch_batches: int, *, on_cuda: bool
+) -> tuple[int, int]:
+    """(loader processes, 0 for threads of this one; decoding threads in all); None is chosen by the machine. Logged."""
+    reason = "as configured"
+    if num_processes is None:
+        num_processes, reason = default_num_processes(num_cores(), on_cuda=on_cuda)
+    num_threads = num_threads or default_num_threads(num_processes)
+    if (useful := min(num_threads, prefetch_batches)) < num_processes:
+        num_processes, reason = useful, f"{reason} {num_processes}; more than threads or batches would stand idle"
+    place = f"loader processes: {num_processes}" if num_processes else "threads of this process"
+    logger.info("images are loaded in %s (%s), %d threads in all", place, reason, num_threads)
+    return num_processes, num_threads
 
 
 @dataclass

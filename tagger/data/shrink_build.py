@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.shard_bytes < 1 or self.shard_images < 1 or (self.num_workers or 0) < 0:
             raise CacheError(
-                f"shard_bytes={self.shard_bytes}, shard_images={self.shard_images}, num_workers={self.num_workers}: "
-                "a shard needs at least 1 of each, and the number of workers is 0 or more"
+                f"--shard-mb {self.shard_bytes / 1e6:g}, --shard-images {self.shard_images}, --workers "
+                f"{self.num_workers}: a shard needs at least 1 of each, and the number of workers is 0 or more"
             )
 
 
@@ -107,12 +107,7 @@ def build_cache(
     CacheError for what the caller can mend, StorageError after an outage.
     """
     folder = folder.expanduser().absolute()
-    for root in index.roots:
-        if folder.resolve().is_relative_to(root):
-            raise CacheError(
-                f"the shrink cache {printable(folder)} is inside data.roots: {root}, where its copies would count as "
-                "images; name a folder outside"
-            )
+    check_folder(folder, options, index.roots)
     try:
         with _exclusive(folder):
             return _Build(folder, index, options, on_progress).run()
@@ -123,17 +118,49 @@ def build_cache(
         ) from error
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """The folder, made where it is missing, for one build at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MANIFEST).exists():
+def check_folder(folder: Path, options: BuildOptions, roots: Sequence[Path]) -> None:
+    """Raises CacheError for a folder that a build of these options would refuse; changes nothing.
+
+    roots: the folders of the images.
+    """
+    folder = folder.expanduser().absolute()
+    for root in roots:
+        if folder.resolve().is_relative_to(root.expanduser().resolve()):
+            raise CacheError(
+                f"the shrink cache {printable(folder)} is inside data.roots: {printable(root)}, where its copies would "
+                "count as images; name a folder outside"
+            )
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{printable(folder)} is a file; name a folder for the shrink cache")
+    if (folder / MANIFEST).exists():
+        _same_recipe(folder, options)
+    elif folder.is_dir():
         strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_BEFORE_MANIFEST))
         if strange:
             raise CacheError(
                 f"{printable(folder)} is not a shrink cache and not empty (it holds {printable(strange[0])}); name "
                 "another folder"
             )
+
+
+def _same_recipe(folder: Path, asked: BuildOptions) -> Manifest:
+    """The manifest of the cache in a folder. Raises CacheError where it was made in another way than asked for."""
+    manifest = Manifest.load(folder)
+    wrong = manifest.recipe.differences(asked.recipe)
+    if manifest.form != asked.form:
+        wrong.append("--loose" if manifest.form == "loose" else "tar shards, not --loose")
+    if wrong:
+        raise CacheError(
+            f"the shrink cache {printable(folder)} was made with {'; '.join(wrong)}; name another folder, or "
+            "delete this one to make it anew"
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, for one build at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FolderLock(folder / _LOCK)
     except LockedError as error:
@@ -263,16 +290,7 @@ class _Build:
             manifest = Manifest(asked.recipe, asked.form)
             write_json(path, manifest.to_json())
             return manifest
-        manifest = Manifest.load(self._folder)
-        wrong = manifest.recipe.differences(asked.recipe)
-        if manifest.form != asked.form:
-            wrong.append(f"form {manifest.form}, not {asked.form}")
-        if wrong:
-            raise CacheError(
-                f"the shrink cache {printable(self._folder)} was made with {'; '.join(wrong)}; name another folder, or "
-                "delete this one to make it anew"
-            )
-        return manifest
+        return _same_recipe(self._folder, asked)
 
     def _take_up(self) -> None:
         """The tables as they are on disk, with the shards that were committed after them."""

@@ -40,6 +40,15 @@ PATH = np.dtype([("check", "<u8"), ("size", "<i8"), ("mtime_ns", "<i8"), ("entry
 _MAX_OPEN_SHARDS = 256
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
+# How a user says each part of a recipe; the last two are the program's own.
+_SAID_BY = {
+    "image_size": "--size {}",
+    "background": "data.background={}",
+    "quality": "--quality {}",
+    "subsampling": "chroma subsampling {}",
+    "resize": "resizing {}",
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +70,7 @@ class CacheRecipe:
     def __post_init__(self) -> None:
         if self.image_size < 1 or not 1 <= self.quality <= 100:
             raise CacheError(
-                f"image_size={self.image_size}, quality={self.quality}: the size must be above 0, the quality 1..100"
+                f"--size {self.image_size}, --quality {self.quality}: the size must be above 0, the quality 1..100"
             )
 
     def key_of(self, sha256: bytes) -> bytes:
@@ -70,12 +79,17 @@ class CacheRecipe:
         return hashlib.sha256(recipe + b"\0" + sha256).digest()[:16]
 
     def differences(self, other: "CacheRecipe") -> list[str]:
-        """What differs, as "name: this one's value, not the other's"."""
+        """What differs, by the names of the options and settings: "--size 448, not 224"."""
+        values = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
         return [
-            f"{field.name} {getattr(self, field.name)}, not {getattr(other, field.name)}"
-            for field in fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
+            f"{_SAID_BY[name].format(_shown(mine))}, not {_shown(theirs)}"
+            for name, mine, theirs in values
+            if mine != theirs
         ]
+
+
+def _shown(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Workers are spawned, so the same code runs on every platform. They leave Ctrl-C 
 end with it, however it ends.
 """
 
-import contextlib
 import hashlib
 import itertools
 import multiprocessing
@@ -14,7 +13,7 @@ import signal
 import threading
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import simplejpeg  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 
+from tagger.command import held_back
 from tagger.data.decode import RefusedImage, decode_image
 from tagger.data.index import MetadataIndex
 from tagger.data.quarantine import read_image_file, retry_transient
@@ -137,20 +137,20 @@ def shrink_rows(
     pending: deque[Future[list[Shrunk | Unusable]]] = deque()
     try:
         for chunk in itertools.islice(chunks, _CHUNKS_AHEAD * num_workers):
-            with _interrupt_held_back():
+            with held_back(signal.SIGINT):
                 pending.append(pool.submit(_shrink_chunk, chunk))
         while pending:
             while not wait([pending[0]], timeout=_WAKE_S).done:
                 pass
             results = pending.popleft().result()
             for chunk in itertools.islice(chunks, 1):
-                with _interrupt_held_back():
+                with held_back(signal.SIGINT):
                     pending.append(pool.submit(_shrink_chunk, chunk))
             yield from results
     except BrokenProcessPool as error:
         raise CacheError(
             "a worker process was ended by the system, most likely for want of memory; what is committed stays, start "
-            f"again with fewer than {num_workers} workers"
+            f"again with fewer --workers than {num_workers}"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -177,16 +177,3 @@ def _end_with_parent() -> None:
 def _shrink_chunk(rows: list[int]) -> list[Shrunk | Unusable]:
     assert _shrinker is not None
     return [_shrinker.shrink(row) for row in rows]
-
-
-@contextlib.contextmanager
-def _interrupt_held_back() -> Iterator[None]:
-    """A process started inside never sees Ctrl-C, not even while it is still importing; this one sees it afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

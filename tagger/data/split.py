@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tagger.config_checks import CALIB_STARTS_AT, split_fractions, split_settings
 from tagger.data.hash_cache import image_hashes
 from tagger.data.index import MetadataIndex
 from tagger.data.near_duplicates import NearDuplicates, find_near_duplicates
@@ -28,7 +29,6 @@ from tagger.rng import mix, stable_id, uniform
 logger = logging.getLogger(__name__)
 
 _SPLIT_STREAM = stable_id("split/validation")
-_CALIB_STARTS_AT = 0.5
 _HASH_CHUNK = 1 << 20
 _PATH_CHUNK = 1 << 16
 # A part this many times its share, or this much smaller, is worth a line where names are shared.
@@ -131,13 +131,18 @@ class Split:
 def split_index(
     index: MetadataIndex, rule: SplitRule, *, max_pixels: int = 200_000_000, num_threads: int | None = None
 ) -> Split:
-    """Split the rows of an index by a rule. Raises SplitError for one that cannot be used.
+    """Split the rows of an index by a rule. Raises ConfigError or SplitError for one that cannot be used.
 
     With near-duplicates, every image is read at the first start; max_pixels and num_threads are for that.
     """
-    if rule.stratified and (rule.val_list is not None or rule.near_duplicate_bits is not None):
-        other = "data.val_list" if rule.val_list is not None else "data.group_near_duplicates"
-        raise SplitError(f"data.stratified_split and {other} decide about the same images; choose one of them")
+    split_settings(
+        rule.val_fraction,
+        rule.calib_fraction,
+        rule.test_fraction,
+        listed=rule.val_list is not None,
+        grouped=rule.near_duplicate_bits is not None,
+        stratified=rule.stratified,
+    )
     if rule.stratified:
         return _checked(Split(_stratify(index, rule), index.image_ids), rule)
     keys = index.image_ids if rule.key == "name" else path_ids(index)
@@ -191,30 +196,15 @@ def hashed_parts(
     One number in 0 .. 1 an id: VAL grows up from 0, TEST down from 1, CALIB up from 0.5. So a larger fraction takes
     images from TRAIN alone, and a smaller one gives them back to it alone.
     """
-    check_fractions(val_fraction, calib_fraction, test_fraction)
+    split_fractions(val_fraction, calib_fraction, test_fraction)
     parts = np.full(len(image_ids), Part.TRAIN, dtype=np.uint8)
     for start in range(0, len(image_ids), _HASH_CHUNK):  # the temporaries take 40 bytes a row
         chunk = slice(start, start + _HASH_CHUNK)
         place = uniform(mix(_SPLIT_STREAM, image_ids[chunk]))
-        parts[chunk][(place >= _CALIB_STARTS_AT) & (place < _CALIB_STARTS_AT + calib_fraction)] = Part.CALIB
+        parts[chunk][(place >= CALIB_STARTS_AT) & (place < CALIB_STARTS_AT + calib_fraction)] = Part.CALIB
         parts[chunk][place >= 1.0 - test_fraction] = Part.TEST
         parts[chunk][place < val_fraction] = Part.VAL
     return parts
-
-
-def check_fractions(val_fraction: float, calib_fraction: float, test_fraction: float) -> None:
-    """Raises SplitError for fractions whose parts would overlap as they grow."""
-    others = calib_fraction + test_fraction
-    if min(val_fraction, calib_fraction, test_fraction) < 0 or val_fraction > 1 or others > 1 - _CALIB_STARTS_AT:
-        raise SplitError(
-            f"data.calib_fraction={calib_fraction} and data.test_fraction={test_fraction} are not two shares of at "
-            "most 0.5 together; lower one of them"
-        )
-    if others and val_fraction > _CALIB_STARTS_AT:
-        raise SplitError(
-            f"data.val_fraction={val_fraction} is over 0.5, which leaves no place for calibration or test images; "
-            "lower it, or set data.calib_fraction=0 and data.test_fraction=0"
-        )
 
 
 def separate_groups(parts: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -232,7 +222,6 @@ def separate_groups(parts: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDAr
 
 def _stratify(index: MetadataIndex, rule: SplitRule) -> NDArray[np.uint8]:
     """By the sidecars' tags, so that a correction moves no image; ratings count as tags, as they do in training."""
-    check_fractions(rule.val_fraction, rule.calib_fraction, rule.test_fraction)
     num_tags = len(index.tag_names)
     rated = index.sidecar_ratings > 0
     offsets = index.tag_offsets + np.concatenate([[0], np.cumsum(rated)])

@@ -71,7 +71,7 @@ def with_log(loader: DataLoader, log: Path, **options: Any) -> DataLoader:
         loader.options,
         seed=source.sampler.seed,
         mirroring=source.mirroring,
-        held_out=source.held_out,
+        split=loader.split,
         quarantine=Quarantine(log, describe_decoder(loader.options.decoding)),
         budget=FailureBudget(60, min_seen=10**9, max_in_a_row=10**9),
         **options,

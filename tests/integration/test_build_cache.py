@@ -58,11 +58,11 @@ def test_the_command_builds_says_what_it_did_and_can_be_repeated(
 def test_the_command_refuses_in_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(RECIPE), f"data.roots=[{root}]", f"data.index_dir={tmp_path / 'index'}"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "build_cache: no folder for the cache; give --folder, for example --folder .tagsmith/cache"
+        "error: no folder for the cache; give --folder, for example --folder .tagsmith/cache"
     )
     build_cache(tmp_path / "cache", indexed(root), OPTIONS)
     assert main(words(root, tmp_path / "cache", "--quality", "80")) == 2
-    assert "was made with quality 95, not 80; name another folder" in capsys.readouterr().err
+    assert "was made with --quality 95, not 80; name another folder" in capsys.readouterr().err
     assert main(words(root / "absent", tmp_path / "other")) == 2
     assert "absent" in capsys.readouterr().err
 
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_the_build_and_its_workers_cleanly(root: Path, tmp_path: Pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors.decode()
-    assert errors.decode().splitlines()[-1] == "build_cache: stopped; what is committed stays, start again to go on"
+    assert errors.decode().splitlines()[-1] == "stopped by Ctrl-C; what is committed stays, start again to go on"
     wait_until_gone(children)
     cache = ShrinkCache.open(folder)
     assert 0 < len(cache) < 400
@@ -151,7 +151,7 @@ def test_a_worker_that_dies_is_one_clear_line(root: Path, tmp_path: Path) -> Non
     workers[0].kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "start again with fewer than 2 workers" in errors.decode().splitlines()[-1]
+    assert "start again with fewer --workers than 2" in errors.decode().splitlines()[-1]
     assert len(ShrinkCache.open(folder)) > 0
 
 

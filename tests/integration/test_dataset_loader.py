@@ -19,13 +19,14 @@ from dataset_loader import (
     LoadOptions,
     SidecarJsonDataset,
     create_dataloaders,
+    create_part_loader,
     split_dataset,
 )
 from tagger.data import image_reader
 from tagger.data.decode import decode_image
 from tagger.data.position import PositionError
 from tagger.data.quarantine import FailureBudget, FileFacts, read_with_facts
-from tagger.data.split import Part, SplitError
+from tagger.data.split import Part, Split, SplitError
 from tagger.errors import DataFailureError
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import NUM_IMAGES, assert_same, configure, draw, epoch_of, loaders, path_of, rows_of
@@ -94,7 +95,7 @@ def test_a_held_out_row_cannot_be_served(root: Path) -> None:
     source = train._source
     with pytest.raises(ValueError, match="1 of the 2 rows to serve are held out"):
         rows = np.array([train._source.sampler.rows[0], validation._source.sampler.rows[0]])
-        DataLoader(train.dataset, rows, 2, train.options, held_out=source.held_out, seed=1)
+        DataLoader(train.dataset, rows, 2, train.options, split=train.split, seed=1)
     object.__setattr__(source.sampler, "rows", validation._source.sampler.rows)
     with pytest.raises(AssertionError, match="held out"):
         next(iter(train))
@@ -370,7 +371,9 @@ def test_calibration_and_test_images_are_served_to_neither_loader(root: Path, gr
     held_out = np.concatenate([split.rows(Part.CALIB), split.rows(Part.TEST)])
     assert len(held_out) > 10 and not served & set(held_out.tolist())
     with pytest.raises(ValueError, match="held out"):
-        DataLoader(train.dataset, held_out, 4, train.options, held_out=split.others(Part.TRAIN))
+        DataLoader(train.dataset, held_out, 4, train.options, split=split)
+    with pytest.raises(ValueError, match="held out"):
+        DataLoader(train.dataset, split.validation_rows, 4, train.options, split=split, seed=1)
 
 
 def test_names_that_all_images_share_are_split_by_path(root: Path, tmp_path: Path) -> None:
@@ -404,8 +407,8 @@ def test_files_of_one_name_that_change_places_are_noticed_by_path(root: Path) ->
     train, _, _ = loaders(root, data__split_key="path")
     rows, keys = train._source.sampler.rows, np.arange(NUM_IMAGES, dtype=np.uint64)
     names = np.zeros(NUM_IMAGES, dtype=np.uint64)
-    by_path, by_name = (DataLoader(train.dataset, rows, 8, train.options, seed=1, keys=k) for k in (keys, names))
-    other = DataLoader(train.dataset, rows, 8, train.options, seed=1, keys=keys[::-1].copy())
+    splits = [Split(train.split.parts, k) for k in (keys, names, keys[::-1].copy())]
+    by_path, by_name, other = (DataLoader(train.dataset, rows, 8, train.options, seed=1, split=s) for s in splits)
     with pytest.raises(PositionError, match="images or split"):
         other.seek(epoch_of(by_path)[0][1])
     by_name.seek(epoch_of(by_name)[0][1])
@@ -454,3 +457,34 @@ def test_ctrl_c_and_exit_end_the_process_cleanly(root: Path, tmp_path: Path, how
     command = [sys.executable, "-c", INTERRUPTED, str(root), str(tmp_path / "index"), how]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, printed, "")
+
+
+def test_every_part_has_a_loader_of_its_own_rows_alone(drawn: Path) -> None:
+    train, validation, _ = loaders(drawn, data__calib_fraction=0.2, data__test_fraction=0.15)
+    split = validation.split
+    assert split is not None and train.split is split and (train.part, validation.part) == (Part.TRAIN, Part.VAL)
+    served = {Part.VAL: sorted(rows_of(epoch_of(validation)))}
+    for part in (Part.CALIB, Part.TEST, Part.TRAIN):
+        loader = create_part_loader(validation, part)
+        assert loader.part == part and loader.split is split
+        served[part] = rows_of(epoch_of(loader))
+        assert served[part] == sorted(served[part]) == split.rows(part).tolist()
+    assert sorted(row for rows in served.values() for row in rows) == list(range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize("part", [Part.CALIB, Part.TEST])
+def test_a_row_of_another_part_is_refused_by_a_part_loader(drawn: Path, part: Part) -> None:
+    _, validation, _ = loaders(drawn, data__calib_fraction=0.2, data__test_fraction=0.15)
+    split = validation.split
+    assert split is not None
+    for other in Part:
+        if other != part:
+            planted = np.append(split.rows(part), split.rows(other)[0])
+            with pytest.raises(ValueError, match=r"1 of the .* rows to serve are held out"):
+                DataLoader(validation.dataset, planted, 4, validation.options, split=split)
+
+
+def test_a_part_that_was_not_set_aside_says_what_to_set(drawn: Path) -> None:
+    _, validation, _ = loaders(drawn)
+    with pytest.raises(SplitError, match=r"no image is held out for calibration; set data\.calib_fraction"):
+        create_part_loader(validation, Part.CALIB)

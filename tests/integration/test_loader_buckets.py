@@ -129,7 +129,7 @@ def test_ranks_share_each_step(root: Path) -> None:
             source.sampler.rows,
             3,
             train.options,
-            held_out=source.held_out,
+            split=train.split,
             seed=source.sampler.seed,
             rank=rank,
             world_size=2,

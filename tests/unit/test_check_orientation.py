@@ -152,7 +152,7 @@ def test_errors_are_one_line_and_exit_with_2(
         assert main([str(word) for word in words]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err.startswith("check_orientation: ")
+        assert captured.err.startswith("error: ")
         assert captured.err.count("\n") == 1
 
 

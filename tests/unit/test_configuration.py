@@ -60,7 +60,9 @@ def test_no_value_of_the_wrong_type_is_told_in_a_librarys_words() -> None:
 def test_arguments_that_lack_are_named_without_the_ones_that_may(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         Configuration_System.main([])
-    assert capsys.readouterr().err.endswith("the following arguments are required: action, file\n")
+    assert capsys.readouterr().err == (
+        "error: the following arguments are required: action, file; --help lists the options\n"
+    )
 
 
 def test_run_is_named_after_its_recipe(recipe: Path) -> None:
@@ -182,6 +184,28 @@ def test_paths_that_are_not_there_are_named(recipe: Path, tmp_path: Path) -> Non
         check_paths(load_config(recipe, [f"data.roots=[{tmp_path}]", f"data.cache_dir={tmp_path}/absent"], {}))
     with pytest.raises(ConfigError, match=r"vocabulary.file: .*none.json is not a file"):
         check_paths(load_config(recipe, [f"data.roots=[{tmp_path}]", f"vocabulary.file={tmp_path}/none.json"], {}))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["calib_fraction=0.4", "test_fraction=0.2"], "data.calib_fraction=0.4 and data.test_fraction=0.2 are more"),
+        (["val_fraction=0.6", "test_fraction=0.2"], "data.val_fraction=0.6 is over 0.5"),
+        (["val_fraction=0.5", "calib_fraction=0.25", "test_fraction=0.25"], "leave no image for training; lower"),
+        (["stratified_split=true", "val_list=names.txt"], "or data.val_list=null"),
+        (["stratified_split=true", "group_near_duplicates=true"], "data.group_near_duplicates=false"),
+        (["annotations=tags.json", "roots=[a,b]"], "data.roots names 2; give one folder"),
+        (["calib_fraction=nan"], "data.calib_fraction=nan is not between 0 and 1"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused_before_any_data(recipe: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, [f"data.{word}" for word in words], {})
+
+
+def test_a_list_leaves_the_share_for_validation_without_a_say(recipe: Path) -> None:
+    words = ["data.val_list=names.txt", "data.val_fraction=0.9", "data.calib_fraction=0.25", "data.test_fraction=0.25"]
+    assert load_config(recipe, words, {}).data.calib_fraction == 0.25
 
 
 def test_the_command_validates_shows_and_fails_in_one_line(

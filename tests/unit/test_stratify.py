@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tagger.config_io import ConfigError
 from tagger.data.index import open_index
-from tagger.data.split import Part, SplitError, SplitRule, split_index
+from tagger.data.split import Part, SplitRule, split_index
 from tagger.data.stratify import stratified_parts
 from tagger.rng import stable_id
 
@@ -100,5 +101,5 @@ def test_it_refuses_what_decides_about_the_same_images(rule: SplitRule, other: s
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").touch()
     (tmp_path / "set" / "a.json").write_text('{"tags": ["thing"]}')
-    with pytest.raises(SplitError, match=f"data.stratified_split and {other} .* choose one"):
+    with pytest.raises(ConfigError, match=f"data.stratified_split and {other} .* choose one"):
         split_index(open_index([tmp_path / "set"], tmp_path / "index"), rule)

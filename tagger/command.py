@@ -1,0 +1,145 @@
+"""How a command ends: a fault in one line with its exit code, Ctrl-C and SIGTERM in one line with what they leave tidy.
+
+A signal is raised as KeyboardInterrupt in the main thread, so that every `with` and `finally` does its work: temporary
+files go, child processes end. Exit codes: tagger/errors.py. A fault of the program itself keeps its traceback.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, ParamSpec, Self
+
+from tagger.errors import PATH_ERRORS, InputError, RunFailedError
+
+P = ParamSpec("P")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+# What sends a signal to a process and then to its whole group (as `timeout` does) means one request, not two.
+_SAME_REQUEST_S = 0.5
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def command(when_stopped: str = "") -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """Let a `main` raise what goes wrong; it returns the exit code, after one line on stderr.
+
+    when_stopped: what a user should know who stops it, e.g. "what is committed stays".
+    """
+
+    def decorate(main: Callable[P, int]) -> Callable[P, int]:
+        @functools.wraps(main)
+        def ending_in_one_line(*args: P.args, **kwargs: P.kwargs) -> int:
+            with _Signals() as signals:
+                try:
+                    return main(*args, **kwargs)
+                except KeyboardInterrupt as error:
+                    number = error.number if isinstance(error, Stopped) else signal.SIGINT
+                except Exception as error:
+                    if signals.number is None:
+                        code = _failed(error)
+                        if code is None:
+                            raise
+                        return code
+                    number = signals.number  # what broke on the way out is not what ended it
+                return _stopped(number, when_stopped)
+
+        return ending_in_one_line
+
+    return decorate
+
+
+def start_quietly() -> None:
+    """For the first lines of a command: while it imports its parts, a signal ends it at once, without a traceback."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, lambda number, _frame: os._exit(_stopped(number, "")))
+
+
+@contextlib.contextmanager
+def held_back(*numbers: signal.Signals) -> Iterator[None]:
+    """A process started inside never sees these signals, not even while it still imports; this one does, afterwards.
+
+    Of processes that others may end with SIGTERM, hold back SIGINT alone. Does nothing on Windows.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Signals:
+    """The first signal is raised; one that comes later, while the command tidies up, ends it at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._came_at = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                # What was ignored from the start stays so, as in a shell's background job.
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if self.number is None else signal.SIG_DFL)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the interpreter's signature
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._came_at = number, now
+            raise Stopped(number)
+        if now - self._came_at > _SAME_REQUEST_S:
+            os._exit(128 + number)
+
+
+def _stopped(number: int, note: str) -> int:
+    _say(f"stopped by {_NAMES[signal.Signals(number)]}" + (f"; {note}" if note else ""))
+    return 128 + number
+
+
+def _failed(error: Exception) -> int | None:
+    """The exit code of an error that is known, its line said; None for any other."""
+    if isinstance(error, RunFailedError):
+        return error.exit_code  # it has said why
+    if isinstance(error, InputError):
+        _say(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
+        _say(f"error: {os.fspath(error.filename)!s}: {error.strerror}")
+        return InputError.exit_code
+    from tagger.endings import diagnose  # imports torch, which many commands do without
+
+    ending = diagnose(error)
+    if ending.exit_code in (None, 1):
+        return None
+    _say(f"error: {ending.reason}")
+    return ending.exit_code
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a console that is closed or absent
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()

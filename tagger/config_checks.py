@@ -1,0 +1,119 @@
+"""Checks of settings that need nothing but the settings: ranges, files that must be there, parts of a split.
+
+Each raises ConfigError with one line: what was found, and what to do.
+"""
+
+import math
+from pathlib import Path
+
+from tagger.config_io import ConfigError
+
+CALIB_STARTS_AT = 0.5  # of the numbers 0..1 that a split deals out: validation grows up from 0, test down from 1
+
+
+def require(condition: bool, found: str, remedy: str) -> None:
+    """Raise ConfigError "<found>; <remedy>" unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{found}; {remedy}")
+
+
+def positive(section: str, **values: float | None) -> None:
+    """Each setting of `section` is finite and above 0 (None passes)."""
+    for key, value in values.items():
+        require(
+            value is None or (value > 0 and math.isfinite(value)),
+            f"{section}.{key}={value} is not above 0 or not finite",
+            "use a positive number",
+        )
+
+
+def share(section: str, remedy: str, **values: float | None) -> None:
+    """Each setting of `section` lies between 0 and 1, both left out (None passes)."""
+    for key, value in values.items():
+        require(value is None or 0 < value < 1, f"{section}.{key}={value} is not between 0 and 1", remedy)
+
+
+def below_one(section: str, remedy: str, **values: float) -> None:
+    """Each setting of `section` lies in 0 <= x < 1."""
+    for key, value in values.items():
+        require(0 <= value < 1, f"{section}.{key}={value} is not in 0 <= x < 1", remedy)
+
+
+def existing_files(**names: str | None) -> None:
+    """Each is a file (None passes); in the names of settings two underscores stand for the dot."""
+    for key, name in names.items():
+        require(
+            name is None or Path(name).is_file(),
+            f"{key.replace('__', '.')}: {name} is not a file (looked in {Path.cwd()})",
+            "correct the path, or set it to null",
+        )
+
+
+def existing_folder(key: str, name: str | None, remedy: str) -> None:
+    """The setting `key` names a folder (None passes)."""
+    require(name is None or Path(name).is_dir(), f"{key}: {name} is not a folder (looked in {Path.cwd()})", remedy)
+
+
+def not_negative(section: str, **values: float | None) -> None:
+    """Each setting of `section` is finite and at least 0 (None passes)."""
+    for key, value in values.items():
+        require(
+            value is None or (value >= 0 and math.isfinite(value)),
+            f"{section}.{key}={value} is below 0 or not finite",
+            "use 0 or a positive number",
+        )
+
+
+def fraction(section: str, **values: float | None) -> None:
+    """Each setting of `section` lies within 0..1 (None passes)."""
+    for key, value in values.items():
+        require(
+            value is None or 0 <= value <= 1, f"{section}.{key}={value} is not between 0 and 1", "use a share, e.g. 0.1"
+        )
+
+
+def split_fractions(val_fraction: float, calib_fraction: float, test_fraction: float) -> None:
+    """Parts of these shares do not overlap as they grow."""
+    fraction("data", val_fraction=val_fraction, calib_fraction=calib_fraction, test_fraction=test_fraction)
+    others = calib_fraction + test_fraction
+    require(
+        others <= 1 - CALIB_STARTS_AT,
+        f"data.calib_fraction={calib_fraction} and data.test_fraction={test_fraction} are more than half of the images",
+        "lower one of them: 0.5 together is the most",
+    )
+    require(
+        not others or val_fraction <= CALIB_STARTS_AT,
+        f"data.val_fraction={val_fraction} is over 0.5, which leaves no place for data.calib_fraction={calib_fraction} "
+        f"and data.test_fraction={test_fraction}",
+        "lower it, or set those two to 0",
+    )
+
+
+def split_settings(
+    val_fraction: float,
+    calib_fraction: float,
+    test_fraction: float,
+    *,
+    listed: bool = False,
+    grouped: bool = False,
+    stratified: bool = False,
+) -> None:
+    """The settings of a split go together and leave images for training.
+
+    listed: data.val_list names the validation images, and val_fraction is not used. grouped: near-duplicates share a
+    part. stratified: tags are dealt out evenly.
+    """
+    rival = "data.val_list" if listed else "data.group_near_duplicates"
+    require(
+        not (stratified and (listed or grouped)),
+        f"data.stratified_split and {rival} decide about the same images",
+        f"choose one of them: data.stratified_split=false, or {rival}={'null' if listed else 'false'}",
+    )
+    used = 0.0 if listed else val_fraction
+    split_fractions(used, calib_fraction, test_fraction)
+    require(
+        used + calib_fraction + test_fraction < 1,
+        f"data.val_fraction={val_fraction}, data.calib_fraction={calib_fraction} and "
+        f"data.test_fraction={test_fraction} leave no image for training",
+        "lower one of them",
+    )
