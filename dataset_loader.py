@@ -252,8 +252,7 @@ class DataLoader:
         self.split = split
         self.part = None if split is None else Part(int(split.parts[rows[0]]))
         serves = self.part if seed is None else Part.TRAIN  # a seed is for training, and that has its own part alone
-        never = np.zeros(len(dataset), dtype=np.bool_)
-        never = never if split is None or serves is None else split.others(serves)
+        never = np.zeros(len(dataset), dtype=np.bool_) if split is None or serves is None else split.others(serves)
         if never[rows].any():
             raise ValueError(f"{int(never[rows].sum())} of the {len(rows)} rows to serve are held out")
         self.dataset = dataset
