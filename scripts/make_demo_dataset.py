@@ -5,13 +5,10 @@ unfinished or different one is drawn anew, beside the old one, which goes only w
 output folder that holds anything this command did not write.
 """
 
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +21,7 @@ import psutil
 from PIL import Image
 
 from scripts.demo_scene import Dice, render, sample_scene, tags_of
-from tagger.command import command, held_back
+from tagger.command import command, held_back, serve_parent
 from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 from tagger.options import Parser, output_folder, whole
@@ -153,9 +150,9 @@ def _swap_in(partial: Path, output: Path, count: int, seed: int) -> None:
 def _draw_all(folder: Path, count: int, seed: int) -> dict[str, int]:
     starts = range(0, count, IMAGES_A_TASK)
     tag_counts: Counter[str] = Counter()
-    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(starts), 8), initializer=_leave_signals_to_parent)
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(starts), 8), initializer=serve_parent)
     try:
-        with held_back(signal.SIGINT):
+        with held_back(signal.SIGINT, signal.SIGTERM):
             parts = [
                 pool.submit(_draw_part, folder, start, min(start + IMAGES_A_TASK, count), seed) for start in starts
             ]
@@ -164,20 +161,6 @@ def _draw_all(folder: Path, count: int, seed: int) -> dict[str, int]:
     finally:
         pool.shutdown(cancel_futures=True)
     return dict(sorted(tag_counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _leave_signals_to_parent() -> None:
-    """A forked process has its parent's handlers; this one ends at SIGTERM, and with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _draw_part(folder: Path, start: int, stop: int, seed: int) -> Counter[str]:

@@ -100,7 +100,9 @@ def run_legs(
         )
         leg = Leg(config, words, stop_at, folder / f"{name}-{number}.json")
         process = context.Process(target=train_leg, args=(leg,))
-        with held_back(signal.SIGINT):  # a terminal's Ctrl-C is for this process, which then ends the leg
+        with held_back(
+            signal.SIGINT, signal.SIGTERM
+        ):  # a terminal's Ctrl-C is for this process, which then ends the leg
             process.start()
         try:
             process.join()

@@ -6,6 +6,8 @@ files go, child processes end. Exit codes: tagger/errors.py. A fault of the prog
 
 import contextlib
 import functools
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -72,7 +74,8 @@ def start_quietly() -> None:
 def held_back(*numbers: signal.Signals) -> Iterator[None]:
     """A process started inside never sees these signals, not even while it still imports; this one does, afterwards.
 
-    Of processes that others may end with SIGTERM, hold back SIGINT alone. Does nothing on Windows.
+    To be used around every start of a process: an exception out of the middle of a fork leaves locks behind. Does
+    nothing on Windows.
     """
     if sys.platform == "win32":
         yield
@@ -84,6 +87,22 @@ def held_back(*numbers: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def serve_parent() -> None:
+    """For a worker of a pool: Ctrl-C is its parent's affair, SIGTERM ends it, and so does the end of its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has its parent's handlers
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 class _Signals:
     """The first signal is raised; one that comes later, while the command tidies up, ends it at once."""
 
@@ -91,6 +110,7 @@ class _Signals:
         self.number: int | None = None
         self._came_at = 0.0
         self._previous: dict[int, Any] = {}
+        self._previous_hook = sys.unraisablehook
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -98,11 +118,15 @@ class _Signals:
                 # What was ignored from the start stays so, as in a shell's background job.
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._on_signal)
+            if self._previous:
+                sys.unraisablehook = self._on_unraisable
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._previous:
+            sys.unraisablehook = self._previous_hook
         for number, handler in self._previous.items():
             signal.signal(number, handler if self.number is None else signal.SIG_DFL)
 
@@ -113,6 +137,21 @@ class _Signals:
             raise Stopped(number)
         if now - self._came_at > _SAME_REQUEST_S:
             os._exit(128 + number)
+
+    def _on_unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
+        """What a finaliser or a callback swallowed is raised again, once that has ended."""
+        if not isinstance(lost.exc_value, Stopped):
+            self._previous_hook(lost)
+            return
+        number, self.number = lost.exc_value.number, None
+        threading.Timer(0.05, _signal_main_thread, (number,)).start()
+
+
+def _signal_main_thread(number: int) -> None:
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _stopped(number: int, note: str) -> int:

@@ -304,6 +304,24 @@ def test_print_stays_in_commands() -> None:
     assert not wrong
 
 
+def test_every_command_checks_its_options_and_ends_in_one_line() -> None:
+    """Each `main` over arguments; the set-up runs before anything is installed."""
+    wrong = []
+    for path in python_files("scripts"):
+        tree = tree_of(path)
+        mains = [f for f in functions_of(tree) if f.name == "main" and f.args.args]
+        if not mains or path.name == "setup_env.py":
+            continue
+        if not all("id='command'" in ast.dump(decorator) for f in mains for decorator in f.decorator_list or [f.args]):
+            wrong.append(f"{path.name}: main is not a @command()")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "type" and ast.unparse(node.value) in {"int", "float"}:
+                wrong.append(f"{path.name}:{node.value.lineno}: an unchecked number")
+            if isinstance(node, ast.Attribute) and node.attr == "ArgumentParser":
+                wrong.append(f"{path.name}:{node.lineno}: use tagger.options.Parser")
+    assert not wrong
+
+
 @pytest.mark.parametrize("word", ["pickle", "torch.load", "torch.save", "weights_only"])
 def test_nothing_is_pickled(word: str) -> None:
     """Except between a loader and the processes that it started: nothing that another hand could have written."""

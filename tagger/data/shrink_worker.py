@@ -7,7 +7,6 @@ end with it, however it ends.
 import hashlib
 import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import threading
@@ -24,7 +23,7 @@ import simplejpeg  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 
-from tagger.command import held_back
+from tagger.command import held_back, serve_parent
 from tagger.data.decode import RefusedImage, decode_image
 from tagger.data.index import MetadataIndex
 from tagger.data.quarantine import read_image_file, retry_transient
@@ -137,14 +136,14 @@ def shrink_rows(
     pending: deque[Future[list[Shrunk | Unusable]]] = deque()
     try:
         for chunk in itertools.islice(chunks, _CHUNKS_AHEAD * num_workers):
-            with held_back(signal.SIGINT):
+            with held_back(signal.SIGINT, signal.SIGTERM):
                 pending.append(pool.submit(_shrink_chunk, chunk))
         while pending:
             while not wait([pending[0]], timeout=_WAKE_S).done:
                 pass
             results = pending.popleft().result()
             for chunk in itertools.islice(chunks, 1):
-                with held_back(signal.SIGINT):
+                with held_back(signal.SIGINT, signal.SIGTERM):
                     pending.append(pool.submit(_shrink_chunk, chunk))
             yield from results
     except BrokenProcessPool as error:
@@ -162,16 +161,8 @@ _shrinker: Shrinker | None = None  # a worker's own
 def _start_worker(shrinker: Shrinker) -> None:
     global _shrinker
     _shrinker = shrinker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve_parent()
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _shrink_chunk(rows: list[int]) -> list[Shrunk | Unusable]:

@@ -124,17 +124,20 @@ def test_kill_9_at_random_points_then_resume_gives_the_same_cache(root: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a console group of its own gets no Ctrl-C on Windows")
-def test_ctrl_c_ends_the_build_and_its_workers_cleanly(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_a_signal_ends_the_build_and_its_workers_cleanly(
+    root: Path, tmp_path: Path, number: signal.Signals, code: int, name: str
+) -> None:
     write_images(root, range(NUM_IMAGES, 400))
     folder = tmp_path / "cache"
     process = start(root, folder, 2)
     wait_for_shards(folder, 3, process)
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
+    os.killpg(process.pid, number)  # the whole group, as a terminal does
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in errors.decode()
-    assert errors.decode().splitlines()[-1] == "stopped by Ctrl-C; what is committed stays, start again to go on"
+    assert errors.decode().splitlines()[-1] == f"stopped by {name}; what is committed stays, start again to go on"
     wait_until_gone(children)
     cache = ShrinkCache.open(folder)
     assert 0 < len(cache) < 400
