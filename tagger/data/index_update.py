@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tagger.data.columns import offsets_of
 from tagger.data.index_build import BLOCK_ROWS, RowWriter
 from tagger.data.pairs import PairTable
 from tagger.data.parse_pool import ParseTask, parse_in_order
@@ -144,8 +145,10 @@ def _tasks_of(plan: _RootPlan) -> Iterator[ParseTask["_Block"]]:
     for start in range(0, len(plan.source), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(plan.source))
         fresh = np.flatnonzero(plan.source[start:stop] == _NO_ROW)
-        rows = range(start, stop) if len(fresh) == stop - start else (fresh + start).tolist()
-        sidecars = pairs.sidecars(pairs.images(rows), rows)
+        if len(fresh) == stop - start:
+            sidecars = pairs.sidecars(range(start, stop))
+        else:
+            sidecars = [pairs.sidecar(row) for row in (fresh + start).tolist()]
         yield ParseTask(_Block(plan, start, stop, fresh), str(plan.scan.root), sidecars)
 
 
@@ -214,8 +217,7 @@ class _Assembly:
             tags = np.empty(len(is_old), dtype=np.int64)
             tags[is_old] = old_tags
             tags[~is_old] = new_tags
-        ends = pairs.ends[block.start : block.stop + 1]
-        paths, path_lengths = pairs.paths[ends[0] : ends[-1]], np.diff(ends).astype(np.int32)
+        paths, path_lengths = pairs.image_paths(block.start, block.stop)
         if not taken.all():
             paths = paths[np.repeat(taken, path_lengths)]
         self._writer.append(
@@ -272,7 +274,8 @@ def _plan_root(scan: FolderScan, number: int, old: OldRows | None, dropped: NDAr
     changed = vanished = 0
     if old is not None:
         first, last = old.root_starts[number], old.root_starts[number + 1]
-        source = match_paths(pairs.paths, pairs.ends, old.paths, old.path_offsets[first : last + 1])
+        paths, lengths = pairs.image_paths(0, len(pairs))
+        source = match_paths(paths, offsets_of(lengths), old.paths, old.path_offsets[first : last + 1])
         found = np.flatnonzero((source >= 0) & ~dropped)
         vanished = (last - first) - len(found)
         source[source >= 0] += first
