@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tagger.data.columns import offsets_of
 from tagger.data.index_build import BLOCK_ROWS, RowWriter
-from tagger.data.pairs import PairTable
+from tagger.data.pairs import PairTable, as_int64
 from tagger.data.parse_pool import ParseTask, parse_in_order
 from tagger.data.ragged import gather
 from tagger.data.scan import FolderScan, Problems, Rejected, printable
@@ -360,7 +360,7 @@ def _settle_rivals(scan: FolderScan, problems: Problems) -> NDArray[np.bool_]:
             for content, size, mtime_ns in zip(files.contents, files.sizes, files.mtimes, strict=True):
                 rows, sidecar = groups[position], scan.root / sidecars[position]
                 position += 1
-                pairs.sizes[rows], pairs.mtimes[rows] = size, mtime_ns
+                pairs.sizes[rows], pairs.mtimes[rows] = size, as_int64(mtime_ns)
                 names = [name.rpartition("/")[2] for name in pairs.images(rows)]
                 chosen = _choose_image(content, names)
                 if chosen is None:
