@@ -237,7 +237,7 @@ class _Assembly:
         numbers = self._numbers.get(parser, np.empty(0, dtype=np.int64))
         if parsed.new_tags:
             numbers = self._numbers[parser] = np.concatenate([numbers, self._writer.tags.intern(parsed.new_tags)])
-        return numbers[parsed.tag_ids]
+        return numbers.take(parsed.tag_ids)
 
     def _note_problems(self, block: _Block, parsed: ParsedSidecars | None, taken: NDArray[np.bool_]) -> None:
         """Keep what is wrong with a block's sidecars, in the order of its pairs."""

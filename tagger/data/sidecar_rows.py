@@ -39,7 +39,7 @@ from tagger.data.sidecar import (
 _READ_THREADS = 16
 # Few enough to be parsed while they are still in the processor's cache.
 _PART_FILES = 64
-_THREAD_PART_FILES = 16
+_SLOW_PART_FILES = 16
 # A read from the page cache takes about 5 us and gains nothing from threads; one that waits for a disk or a network
 # does.
 _SLOW_READ_S = 1e-4
@@ -228,7 +228,7 @@ class _RawRatings(dict[object, int]):
 class _RepeatFinder:
     """Takes out the second of equal tags in a row, at a fifth of what a set a row costs."""
 
-    _ROWS = 256
+    _ROWS = 128
     _SLOTS = 1 << 22
 
     def __init__(self) -> None:
@@ -241,16 +241,17 @@ class _RepeatFinder:
         if self._last is None:
             self._last = np.zeros(self._SLOTS, dtype=np.int32)
         ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        # Each (row, tag) writes where it stands to its slot: what it finds there then is itself, or, rarely, a tag of
+        # another row with the same slot, or a repeat.
+        slots = np.repeat(np.arange(len(counts)) % self._ROWS * num_tags, counts)
+        slots += ids
+        slots &= self._SLOTS - 1
+        places = np.arange(len(ids), dtype=np.int32)
         repeated: list[int] = []
         for first in range(0, len(counts), self._ROWS):
-            rows = counts[first : first + self._ROWS]
-            part = ids[ends[first] : ends[first + len(rows)]]
-            # Each (row, tag) writes where it stands to its slot: what it finds there then is itself, or, rarely, a
-            # tag of another row with the same slot, or a repeat.
-            slots = (np.repeat(np.arange(len(rows)) * num_tags, rows) + part) & (self._SLOTS - 1)
-            places = np.arange(len(part), dtype=np.int32)
-            self._last[slots] = places
-            lost = self._last[slots] != places
+            part = slice(ends[first], ends[min(first + self._ROWS, len(counts))])
+            self._last[slots[part]] = places[part]
+            lost = self._last.take(slots[part]) != places[part]
             if lost.any():
                 suspects = np.unique(np.searchsorted(ends, ends[first] + np.flatnonzero(lost), side="right") - 1)
                 for row in suspects.tolist():
@@ -291,7 +292,8 @@ class FileReader:
         position = 0
         with _Folder(root) as folder:
             while position < len(paths):
-                part = paths[position : position + _PART_FILES]
+                size = _SLOW_PART_FILES if self._recent[-1] else _PART_FILES
+                part = paths[position : position + size]
                 started = time.perf_counter()
                 files = _read_part(root, part, folder)
                 self._recent.append(time.perf_counter() - started > _SLOW_READ_S * len(part))
@@ -305,7 +307,7 @@ class FileReader:
     def _read_in_threads(self, root: str, paths: Sequence[str]) -> Iterator[ReadFiles]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read-sidecars")
-        parts = [paths[start : start + _THREAD_PART_FILES] for start in range(0, len(paths), _THREAD_PART_FILES)]
+        parts = [paths[start : start + _SLOW_PART_FILES] for start in range(0, len(paths), _SLOW_PART_FILES)]
         yield from self._pool.map(lambda part: _read_part(root, part), parts)
 
 

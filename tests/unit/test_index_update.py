@@ -38,7 +38,12 @@ def _content(index: MetadataIndex) -> dict[str, bytes]:
 def _read_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     read = sidecar_rows._read_once
-    monkeypatch.setattr(sidecar_rows, "_read_once", lambda path, folder=None: names.append(Path(path).name) or read(path, folder))
+
+    def note(path, folder=None):
+        names.append(Path(path).name)
+        return read(path, folder)
+
+    monkeypatch.setattr(sidecar_rows, "_read_once", note)
     return names
 
 
