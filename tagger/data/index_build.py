@@ -41,14 +41,14 @@ class TagNumbers:
 
     def finalise(self, provisional: NDArray[np.int64]) -> NDArray[np.int64]:
         """Final numbers of the tags of the next rows."""
-        final = self._final[provisional]
+        final = self._final.take(provisional)
         unseen = np.flatnonzero(final < 0)
         if len(unseen):
             fresh, first = np.unique(provisional[unseen], return_index=True)
             fresh = fresh[np.argsort(first)]
             self._final[fresh] = np.arange(len(self.names), len(self.names) + len(fresh))
             self.names += [self._order[number] for number in fresh.tolist()]
-            final = self._final[provisional]
+            final = self._final.take(provisional)
         return final
 
 

@@ -25,7 +25,7 @@ def fingerprint_of(scanned: bytes, scans: Sequence[FolderScan]) -> str:
     digest = hashlib.blake2b(scanned, digest_size=16)
     for scan in scans:
         pairs = scan.pairs
-        for column in (pairs.ends, pairs.paths, pairs.suffixes, pairs.sizes, pairs.mtimes):
+        for column in (pairs.paths, pairs.suffixes, pairs.sizes, pairs.mtimes):
             digest.update(column.data)
     return digest.hexdigest()
 

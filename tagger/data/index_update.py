@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tagger.data.columns import offsets_of
 from tagger.data.index_build import BLOCK_ROWS, RowWriter
-from tagger.data.pairs import PairTable
+from tagger.data.pairs import PairTable, as_int64
 from tagger.data.parse_pool import ParseTask, parse_in_order
 from tagger.data.ragged import gather
 from tagger.data.scan import FolderScan, Problems, Rejected, printable
@@ -144,8 +145,10 @@ def _tasks_of(plan: _RootPlan) -> Iterator[ParseTask["_Block"]]:
     for start in range(0, len(plan.source), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(plan.source))
         fresh = np.flatnonzero(plan.source[start:stop] == _NO_ROW)
-        rows = range(start, stop) if len(fresh) == stop - start else (fresh + start).tolist()
-        sidecars = pairs.sidecars(pairs.images(rows), rows)
+        if len(fresh) == stop - start:
+            sidecars = pairs.sidecars(range(start, stop))
+        else:
+            sidecars = [pairs.sidecar(row) for row in (fresh + start).tolist()]
         yield ParseTask(_Block(plan, start, stop, fresh), str(plan.scan.root), sidecars)
 
 
@@ -214,8 +217,7 @@ class _Assembly:
             tags = np.empty(len(is_old), dtype=np.int64)
             tags[is_old] = old_tags
             tags[~is_old] = new_tags
-        ends = pairs.ends[block.start : block.stop + 1]
-        paths, path_lengths = pairs.paths[ends[0] : ends[-1]], np.diff(ends).astype(np.int32)
+        paths, path_lengths = pairs.image_paths(block.start, block.stop)
         if not taken.all():
             paths = paths[np.repeat(taken, path_lengths)]
         self._writer.append(
@@ -235,7 +237,7 @@ class _Assembly:
         numbers = self._numbers.get(parser, np.empty(0, dtype=np.int64))
         if parsed.new_tags:
             numbers = self._numbers[parser] = np.concatenate([numbers, self._writer.tags.intern(parsed.new_tags)])
-        return numbers[parsed.tag_ids]
+        return numbers.take(parsed.tag_ids)
 
     def _note_problems(self, block: _Block, parsed: ParsedSidecars | None, taken: NDArray[np.bool_]) -> None:
         """Keep what is wrong with a block's sidecars, in the order of its pairs."""
@@ -272,7 +274,8 @@ def _plan_root(scan: FolderScan, number: int, old: OldRows | None, dropped: NDAr
     changed = vanished = 0
     if old is not None:
         first, last = old.root_starts[number], old.root_starts[number + 1]
-        source = match_paths(pairs.paths, pairs.ends, old.paths, old.path_offsets[first : last + 1])
+        paths, lengths = pairs.image_paths(0, len(pairs))
+        source = match_paths(paths, offsets_of(lengths), old.paths, old.path_offsets[first : last + 1])
         found = np.flatnonzero((source >= 0) & ~dropped)
         vanished = (last - first) - len(found)
         source[source >= 0] += first
@@ -357,7 +360,7 @@ def _settle_rivals(scan: FolderScan, problems: Problems) -> NDArray[np.bool_]:
             for content, size, mtime_ns in zip(files.contents, files.sizes, files.mtimes, strict=True):
                 rows, sidecar = groups[position], scan.root / sidecars[position]
                 position += 1
-                pairs.sizes[rows], pairs.mtimes[rows] = size, mtime_ns
+                pairs.sizes[rows], pairs.mtimes[rows] = size, as_int64(mtime_ns)
                 names = [name.rpartition("/")[2] for name in pairs.images(rows)]
                 chosen = _choose_image(content, names)
                 if chosen is None:

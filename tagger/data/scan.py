@@ -6,17 +6,18 @@ symbolic links are not entered (links can form loops), nor hidden ones; both are
 
 import errno
 import os
-from bisect import bisect
+from array import array
+from bisect import bisect, bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from PIL import features
 
-from tagger.data.pairs import NO_MARK, SUFFIX_NUMBERS, SUFFIXES, PairTable
+from tagger.data.pairs import NO_MARK, SUFFIX_NUMBERS, SUFFIXES, PairTable, as_column
 from tagger.errors import InputError
 
 # Failures of storage, not of a file: worth another attempt, and never a reason to leave an image out.
@@ -151,14 +152,24 @@ class _Run:
 
     prefix: str
     names: Sequence[str]
-    suffixes: Sequence[int] = ()
-    sizes: Sequence[int] = ()
-    mtimes: Sequence[int] = ()
+    suffixes: bytes = b""
+    sizes: "array[int]" = field(default_factory=lambda: array("q"))
+    mtimes: "array[int]" = field(default_factory=lambda: array("q"))
     rivals: frozenset[str] = frozenset()
+    image_suffixes: frozenset[str] = frozenset()
+
+    def with_sidecars(self, suffixes: bytes, marks: Sequence[tuple[int, int]] | None) -> "_Run":
+        """The same images with what is known of their sidecars; marks: None where nobody has looked."""
+        if marks is None:
+            sizes, mtimes = array("q", NO_MARK[:1]) * len(suffixes), array("q", NO_MARK[1:]) * len(suffixes)
+        else:
+            sizes, mtimes = as_column(size for size, _ in marks), as_column(time for _, time in marks)
+        return replace(self, suffixes=suffixes, sizes=sizes, mtimes=mtimes)
 
     def part(self, start: int, stop: int) -> "_Run":
         cut = slice(start, stop)
-        return _Run(self.prefix, self.names[cut], self.suffixes[cut], self.sizes[cut], self.mtimes[cut], self.rivals)
+        columns = self.suffixes[cut], self.sizes[cut], self.mtimes[cut]
+        return _Run(self.prefix, self.names[cut], *columns, self.rivals, self.image_suffixes)
 
 
 class _Kinds(dict[str, int]):
@@ -182,91 +193,140 @@ class _Walk:
         self.scan = scan
         self._problems = problems
         self._with_sidecars = with_sidecars
-        self._with_marks = with_marks
+        self._with_marks = with_marks and with_sidecars
         self._kinds = _Kinds()
         self._root = os.fspath(scan.root)
 
     def take(self, run: _Run) -> None:
         """Append images to the scan."""
         if self._with_sidecars:
-            self.scan.pairs.extend(run.prefix, run.names, run.suffixes, run.sizes, run.mtimes, run.rivals)
+            columns = run.suffixes, run.sizes, run.mtimes
+            self.scan.pairs.extend(run.prefix, run.names, *columns, run.rivals, run.image_suffixes)
         else:
             self.scan.images += [run.prefix + name for name in run.names]
 
     def enter(self, prefix: str) -> list[str | _Run]:
         """Look through one folder ("" or a path with a slash at the end); gives its images and folders in order."""
-        images: list[str] = []
-        sidecars: dict[str, tuple[int, int, int]] = {}
-        folders: list[str] = []
-        second: list[tuple[str, tuple[int, int, int]]] = []
-        kinds, with_marks = self._kinds, self._with_marks
-        wanted = 18 if self._with_sidecars else 2
-        mark = NO_MARK
-        num_files = 0
-        with _listing(f"{self._root}/{prefix}") as entries:
-            for entry in entries:
-                name = entry.name
-                if name[0] == ".":
-                    # A hidden file (.DS_Store, a marker) is nobody's image; a hidden folder may hold some.
-                    if entry.is_dir(follow_symlinks=False):
-                        self._problems.skipped["hidden folders"] += 1
-                    continue
-                if not entry.is_file(follow_symlinks=False):
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(f"{name}/")
-                        continue
-                    if not _ask(entry.is_file):
-                        num_files += 1
-                        self._problems.skipped["links to folders" if _ask(entry.is_dir) else "not regular files"] += 1
-                        continue
-                num_files += 1
-                stem, _, suffix = name.rpartition(".")
-                kind = kinds[suffix] if stem else 0
-                if kind == 1:
-                    images.append(name)
-                elif 2 <= kind < wanted:
-                    if with_marks:
-                        facts = entry.stat()
-                        mark = facts.st_size, facts.st_mtime_ns
-                    found = (kind - 2, *mark)
-                    if sidecars.setdefault(stem, found) is not found:
-                        second.append((stem, found))
-                else:
-                    self.scan.other_suffixes[f".{suffix.lower()}" if stem else "no suffix"] += 1
-        self.scan.num_files += num_files
+        files, folders, marks = self._list(f"{self._root}/{prefix}")
+        files.sort()
+        # The hidden ones go: "/" is what follows "." and stands in no name.
+        del files[bisect_left(files, ".") : bisect_left(files, "/")]
+        self.scan.num_files += len(files)
+        # Sidecars of the usual form first, at one comparison a name; the rest is mostly images of one suffix.
+        sidecars = [name for name in files if name[-5:] == ".json"]
+        images = [name for name in files if name[-5:] != ".json"]
+        odd: list[str] = []
+        suffixes = {name[name.rfind(".") :] for name in images}
+        if not all(suffix[0] == "." and self._kinds[suffix[1:]] == 1 for suffix in suffixes):
+            images, odd = self._sort_out(images)
+            suffixes = {name[name.rfind(".") :] for name in images}
         self.scan.num_images += len(images)
-        images.sort()
-        if second:
-            self._keep_first(prefix, sidecars, second)
         if self._with_sidecars:
-            self.scan.other_suffixes[".json"] += len(sidecars)
-            run = self._pair(prefix, images, sidecars)
+            run = self._pair(_Run(prefix, images, image_suffixes=frozenset(suffixes)), sidecars, odd, marks)
         else:
+            self.scan.other_suffixes[".json"] += len(sidecars)
             run = _Run(prefix, images)
-        return _interleave(run, sorted(folders))
+        return _interleave(run, folders)
 
-    def _pair(self, prefix: str, images: list[str], sidecars: dict[str, tuple[int, int, int]]) -> _Run:
-        """Join the images and the sidecars of one folder by stem."""
+    def _list(self, path: str) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+        """A folder's files, its folders with a slash at the end, and the marks of its sidecars where they are wanted.
+
+        A link to a file is a file. What is neither is counted.
+        """
+        others: list[os.DirEntry[str]] = []
+        folders: list[str] = []
+        marks: dict[str, tuple[int, int]] = {}
+
+        def set_aside(entry: "os.DirEntry[str]") -> bool:
+            others.append(entry)
+            return False
+
+        def mark(entry: "os.DirEntry[str]") -> bool:
+            if entry.name[-5:].lower() == ".json" and entry.name[0] != ".":
+                facts = entry.stat()
+                marks[entry.name] = facts.st_size, facts.st_mtime_ns
+            return True
+
+        with _listing(path) as entries:
+            if self._with_marks:
+                files = [e.name for e in entries if (mark if e.is_file(follow_symlinks=False) else set_aside)(e)]
+            else:
+                files = [e.name for e in entries if e.is_file(follow_symlinks=False) or set_aside(e)]
+            for entry in others:
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if entry.name[0] == ".":
+                    # A hidden file (.DS_Store, a marker) is nobody's image; a hidden folder may hold some.
+                    self._problems.skipped.update(["hidden folders"] if is_folder else [])
+                elif is_folder:
+                    folders.append(f"{entry.name}/")
+                elif _ask(entry.is_file):
+                    files.append(entry.name)
+                    if self._with_marks:
+                        mark(entry)
+                else:
+                    self.scan.num_files += 1
+                    self._problems.skipped["links to folders" if _ask(entry.is_dir) else "not regular files"] += 1
+        return files, sorted(folders), marks
+
+    def _sort_out(self, names: list[str]) -> tuple[list[str], list[str]]:
+        """(images, sidecars with another suffix than .json) among names; the rest is counted."""
+        images: list[str] = []
+        odd: list[str] = []
+        for name in names:
+            stem, _, suffix = name.rpartition(".")
+            kind = self._kinds[suffix] if stem else 0
+            if kind == 1:
+                images.append(name)
+            elif kind and self._with_sidecars:
+                odd.append(name)
+            else:
+                self.scan.other_suffixes[f".{suffix.lower()}" if stem else "no suffix"] += 1
+        return images, odd
+
+    def _pair(self, run: _Run, sidecars: list[str], odd: list[str], marks: Mapping[str, tuple[int, int]]) -> _Run:
+        """Join the images and the sidecars of one folder; where each image has its own, names are compared at once."""
+        text = "\0".join([*run.names, ""])
+        for suffix in run.image_suffixes:
+            text = text.replace(f"{suffix}\0", ".json\0")
+        names = text.split("\0")[:-1]
+        if odd or len(names) != len(sidecars) or frozenset(names) != frozenset(sidecars):
+            return self._pair_by_stem(run, [*sidecars, *odd], marks)
+        self.scan.other_suffixes[".json"] += len(sidecars)
+        return run.with_sidecars(bytes(len(names)), [marks[name] for name in names] if marks else None)
+
+    def _pair_by_stem(self, run: _Run, names: list[str], marks: Mapping[str, tuple[int, int]]) -> _Run:
+        """The same for a folder where something is missing or there twice."""
+        sidecars: dict[str, tuple[int, tuple[int, int]]] = {}
+        second: list[tuple[str, tuple[int, tuple[int, int]]]] = []
+        for name in names:
+            stem, _, suffix = name.rpartition(".")
+            one = SUFFIX_NUMBERS[suffix], marks.get(name, NO_MARK)
+            if sidecars.setdefault(stem, one) is not one:
+                second.append((stem, one))
+        if second:
+            self._keep_first(run.prefix, sidecars, second)
+        self.scan.other_suffixes[".json"] += len(sidecars)
+        images = run.names
         stems = [name[: name.rfind(".")] for name in images]
         found = [sidecars.get(stem) for stem in stems]
-        if None in found:
-            missing = (name for name, facts in zip(images, found, strict=True) if facts is None)
-            self._problems.images_without_sidecar += [self._named(prefix, name) for name in missing]
-            images = [name for name, facts in zip(images, found, strict=True) if facts is not None]
-            found = [facts for facts in found if facts is not None]
+        missing = [name for name, facts in zip(images, found, strict=True) if facts is None]
+        self._problems.images_without_sidecar += [self._named(run.prefix, name) for name in missing]
+        paired = [(name, facts) for name, facts in zip(images, found, strict=True) if facts is not None]
         unique = frozenset(stems)
         rivals: frozenset[str] = frozenset()
         if len(unique) != len(stems):
             rivals = frozenset(stem for stem, count in Counter(stems).items() if count > 1 and stem in sidecars)
-        if rivals or len(found) != len(sidecars):
-            for stem in sorted(sidecars.keys() - unique):
-                name = stem + SUFFIXES[sidecars[stem][0]]
-                self._problems.sidecars_without_image.append(self._named(prefix, name))
-        suffixes, sizes, mtimes = zip(*found, strict=True) if found else ((), (), ())
-        return _Run(prefix, images, suffixes, sizes, mtimes, rivals)
+        for stem in sorted(sidecars.keys() - unique):
+            name = stem + SUFFIXES[sidecars[stem][0]]
+            self._problems.sidecars_without_image.append(self._named(run.prefix, name))
+        run = _Run(run.prefix, [name for name, _ in paired], rivals=rivals, image_suffixes=run.image_suffixes)
+        return run.with_sidecars(bytes(facts[0] for _, facts in paired), [facts[1] for _, facts in paired])
 
     def _keep_first(
-        self, prefix: str, sidecars: dict[str, tuple[int, int, int]], second: list[tuple[str, tuple[int, int, int]]]
+        self,
+        prefix: str,
+        sidecars: dict[str, tuple[int, tuple[int, int]]],
+        second: list[tuple[str, tuple[int, tuple[int, int]]]],
     ) -> None:
         """Keep one sidecar a stem, where names differ in the case of the suffix alone: x.json before x.JSON."""
         for stem, found in sorted(second):

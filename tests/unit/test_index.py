@@ -283,10 +283,10 @@ def test_slow_storage_is_read_in_threads_and_gives_the_same_rows(many, monkeypat
     threads: set[int] = set()
     read = sidecar_rows._read_once
 
-    def slowly(path: str) -> object:
+    def slowly(path: str, folder: int | None = None) -> object:
         threads.add(threading.get_ident())
         time.sleep(0.0005)
-        return read(path)
+        return read(path, folder)
 
     monkeypatch.setattr(sidecar_rows, "_read_once", slowly)
     index = open_index([many], many.parent / "other")
@@ -298,11 +298,11 @@ def _fail(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
     read = sidecar_rows._read_once
     left = [times]
 
-    def fail(path: str) -> object:
+    def fail(path: str, folder: int | None = None) -> object:
         if path.endswith("sun.json") and left[0]:
             left[0] -= 1
             raise OSError(code, os.strerror(code), path)
-        return read(path)
+        return read(path, folder)
 
     monkeypatch.setattr(sidecar_rows, "_read_once", fail)
     monkeypatch.setattr(sidecar_rows, "_RETRY_WAITS_S", (0.0, 0.0))

@@ -50,7 +50,7 @@ class _Given:
     def read(self, _root, _paths):
         half = len(self.contents) // 2
         for part in (self.contents[:half], self.contents[half:]):
-            yield ReadFiles(list(part), _column([len(content) for content in part]), _column([7] * len(part)))
+            yield ReadFiles(list(part), [len(content) for content in part], [7] * len(part))
 
 
 def _column(values):
@@ -131,7 +131,7 @@ def test_each_failure_of_the_system_is_told_from_the_others(tmp_path, monkeypatc
     assert isinstance(missing, OSError) and missing.errno == errno.ENOENT
     monkeypatch.setattr("tagger.data.sidecar_rows._RETRY_WAITS_S", (0.0,))
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "open", fail)
