@@ -243,7 +243,7 @@ def test_the_command_draws_a_sheet(tmp_path: Path, run: Path) -> None:
         (["{run}", "{tmp}"], "no images found in"),
         (["{tmp}", "{image}"], "is no run and no model"),
         (["{image}", "{image}"], "is not a folder"),
-        (["{running}", "{image}"], r"has no model yet \(interrupted, step 40\)"),
+        (["{running}", "{image}"], r"has no model yet \(killed, step 40\)"),
         (["{run}", "{image}", "--threshold", "35"], "--threshold 35.0 is not between 0 and 1"),
         (["{run}", "{image}", "--top", "0"], "--top 0"),
         (["{run}", "{image}", "--batch-size", "0"], "batch_size=0"),
