@@ -351,7 +351,7 @@ class CheckpointSection:
             keep_last=self.keep_last,
             keep_every=self.keep_every,
         )
-        require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, none or the path of a checkpoint")
+        require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, auto, none or a checkpoint's path")
 
 
 @dataclass

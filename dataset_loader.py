@@ -218,7 +218,7 @@ class DataLoader:
     gives the same epoch again. It raises DataFailureError past the failure budget, StorageError after an outage.
     `position` resumes after its batch. It counts samples, of all ranks together, not batches, so a resume may change
     the batch size and the number of ranks; `BucketPlan` says what that means with aspect buckets.
-    `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out.
+    `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out. `rows` are those that it serves.
 
     Loader processes start with the first iteration and stay until `close`, or until the loader is collected. A second
     iteration beside one that is still open loads in threads.
@@ -256,6 +256,7 @@ class DataLoader:
         if never[rows].any():
             raise ValueError(f"{int(never[rows].sum())} of the {len(rows)} rows to serve are held out")
         self.dataset = dataset
+        self.rows = rows
         self.options = options
         quarantine = quarantine or Quarantine(None, describe_decoder(options.decoding))
         budget = budget or FailureBudget(len(rows), max_fraction=options.max_refused_fraction)
@@ -273,8 +274,7 @@ class DataLoader:
         self._epoch = 0
         self._start = 0
         self.wait_seconds = 0.0
-        self.mirrored = 0
-        self.vetoed = 0
+        self.mirrored = self.vetoed = 0
 
     @property
     def preprocess(self) -> Preprocess:

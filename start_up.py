@@ -20,11 +20,12 @@ from tagger.boundary import StepBoundary
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.windows import windows_left
+from tagger.data.yardstick import yardstick_sha256
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
 from tagger.ontology_file import require_unchanged
-from tagger.run_folder import RunFolder
+from tagger.run_folder import RunFolder, require_checkpoints
 from tagger.stop import StopRequest
 from tagger.transfer import find_initial_weights, start_from
 from training_utils import (
@@ -72,6 +73,8 @@ class Parts:
 
 def check(config: FullConfig) -> str:
     """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing."""
+    if config.checkpoint.resume in ("latest", "best"):
+        require_checkpoints(config.run.folder)
     vocabulary, train_loader, validation_loader, model = open_data_and_model(
         config, config.run.folder / "vocabulary.json"
     )
@@ -92,21 +95,23 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         config, folder.vocabulary_path, folder.quarantine_path
     )
     model.to(device)
+    yardstick = measured_with(config, vocabulary, validation_loader)
     state = TrainState(
         model,
         create_optimizer(config.optimizer, model),
         MixedPrecisionTrainer(training.mixed_precision, device),
         None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
-        EarlyStopping.from_config(training, config.checkpoint.best_metric),
+        EarlyStopping.from_config(training, config.checkpoint.best_metric, yardstick),
     )
     manager = CheckpointManager.from_config(
         folder.checkpoints_dir,
         config.checkpoint,
         vocabulary_sha256=vocabulary.sha256,
         config_sha256=digest(replace(config, checkpoint=replace(config.checkpoint, resume="none"))),
+        yardstick=yardstick,
     )
-    # Where the weights come from, the first that applies: 1. the checkpoint to resume from; 2. the weights of another
-    # run (checkpoint.init_from); 3. scratch.
+    # Where the weights come from, the first that applies: 1. the checkpoint to resume from (with checkpoint.resume=auto
+    # there may be none); 2. the weights of another run (checkpoint.init_from); 3. scratch.
     resumed = config.checkpoint.resume != "none" and resume(config, folder, manager, state)
     if not resumed and config.checkpoint.init_from is not None:
         start_from(model, find_initial_weights(Path(config.checkpoint.init_from)), vocabulary.tags)
@@ -129,7 +134,10 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     if resumed:
         guard.load_state_dict(saved["guard"])
         meter.load_state_dict(saved["meter"], device)
+        if not left:
+            nothing_left(training.num_epochs, state, yardstick)
     manager.reserve(state)
+    manager.report_room(state.stand_ins(), state.step, state.step + left)
     save_yaml(config, folder.config_path)
     # Before the vocabulary, whose presence says that all there is of the tags' meaning is there.
     if train_loader.dataset.ontology is not None:
@@ -168,6 +176,35 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
 
 
+def measured_with(config: FullConfig, vocabulary: TagVocabulary, validation: DataLoader) -> str:
+    """Hash of what `checkpoint.best_metric` is measured with: held-out images, their tags and what else moves it."""
+    metric, options = config.checkpoint.best_metric, validation.options
+    settings = {
+        "vocabulary": vocabulary.sha256,
+        "preprocess": options.preprocess.to_json(),
+        "max_pixels": options.max_pixels,
+        "partial_images": options.partial_images,
+        "threshold": config.validation.threshold if metric.startswith("val/f1") else None,
+        "loss": asdict(config.loss) if metric == "val/loss" else None,
+    }
+    return yardstick_sha256(validation.dataset.table, validation.rows, settings)
+
+
+def nothing_left(num_epochs: int, state: TrainState, yardstick: str) -> None:
+    """Say that a run goes no further; weights that were never scored as they are owe a validation before it ends."""
+    more = "raise training.num_epochs to go on"
+    if state.epoch >= num_epochs:
+        message = (
+            "training.num_epochs=%d, but the run is in epoch %d already (step %d): nothing is trained, and the run "
+            "ends here with weights trained for longer than asked; %s"
+        )
+        logger.warning(message, num_epochs, state.epoch + 1, state.step, more)
+    else:
+        logger.info("all %d epochs are done (step %d): nothing is left to train; %s", num_epochs, state.step, more)
+    if state.extra.get("validated") != [state.step, yardstick]:
+        state.extra["owed_validation"] = state.epoch
+
+
 def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, state: TrainState) -> bool:
     """Put the run's state back, saying from where and what has changed since; False where there is no checkpoint."""
     for change in changed_settings(folder.config_path, config):
@@ -179,9 +216,12 @@ def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, st
         logger.warning("changed since this run last started: %s", change)
     if config.vocabulary.ontology_file is not None and folder.ontology_path.exists():
         require_unchanged(Path(config.vocabulary.ontology_file), folder.ontology_path)
-    loaded = manager.load(config.checkpoint.resume)
+    auto = config.checkpoint.resume == "auto"
+    loaded = manager.load("latest" if auto else config.checkpoint.resume)
     if loaded is None:
-        logger.warning("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)
+        if not auto:
+            require_checkpoints(folder.path)
+        logger.info("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)
         return False
     state.restore(loaded)
     logger.info("resumed from %s: step %d, epoch %d", loaded.path, state.step, state.epoch + 1)

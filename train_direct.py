@@ -33,12 +33,14 @@ from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.options import Parser
 from tagger.rng import mix
-from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit
-from tagger.stop import StopRequest
+from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit, require_checkpoints
+from tagger.stop import StoppedEarly, StopRequest
 from training_utils import load_weights
 from validation_loop import Evaluation, EvaluationStopped, evaluate
 
 logger = logging.getLogger(__name__)
+
+RESUME_HELP = "go on with the run of the same name, which must exist; auto: or start it"
 
 
 def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +102,7 @@ def close_epoch(parts: Parts, epoch: int) -> tuple[Evaluation | None, bool]:
         logger.warning("the validation under way is left to the next start")
         return None, True
     del state.extra["owed_validation"]
+    state.extra["validated"] = [state.step, parts.manager.yardstick]
     stopping = state.early_stopping
     return evaluation, stopping is not None and stopping.update(evaluation.scalars[parts.config.checkpoint.best_metric])
 
@@ -115,6 +118,7 @@ def train(parts: Parts) -> None:
     stopping = state.early_stopping is not None and state.early_stopping.exhausted
     if "owed_validation" in state.extra:
         made_up_for, stopping = close_epoch(parts, cast(int, state.extra["owed_validation"]))
+        parts.stop.hold()
         save(parts, made_up_for)
     while state.step < parts.total_steps and not stopping:
         asked = time.perf_counter()
@@ -122,6 +126,7 @@ def train(parts: Parts) -> None:
         waited_s = time.perf_counter() - asked
 
         loss, grad_norm, left_out = train_step(parts, window)
+        parts.stop.hold()
         state.step += 1
         state.epoch, state.position = window.epoch, dict(window.position)
         state.samples_seen += window.num_images
@@ -218,7 +223,7 @@ def write_model(parts: Parts) -> None:
     """`model/`: the best validation's weights (the average where it is kept) and all that prediction needs."""
     best = parts.manager.best
     if best is None:
-        logger.warning("no validation was completed, so there is no model/ yet; continue with --resume latest")
+        logger.warning("no validation was completed, so model/ is not written; continue with --resume latest")
         return
     weights = load_weights(parts.folder.checkpoints_dir / best.checkpoint)
     vocabulary = parts.vocabulary
@@ -244,13 +249,27 @@ def write_model(parts: Parts) -> None:
     logger.info("model/ holds the %s weights of step %d: %s %.4f", weights.kind, best.step, best.metric, best.value)
 
 
-def begin(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts) -> Parts:
-    """Build the parts; where that fails or is stopped, a new run leaves no folder behind."""
+def run(config: FullConfig) -> int:
+    """Train as configured, from opening the run's folder to its model; returns the exit code."""
+    alerts, resuming = Alerts.from_environment(), config.checkpoint.resume != "none"
+    if config.checkpoint.resume in ("latest", "best"):
+        require_checkpoints(config.run.folder)
+    with StopRequest() as stop, RunFolder.open(config.run.folder, resume=resuming) as folder, alerts:
+        stop.watch(folder.stop_path)
+        try:
+            stop.at_once()
+            return finish(start(config, folder, stop, alerts))
+        except StoppedEarly:
+            left = f"{folder.path} is removed" if folder.is_new else f"{folder.path} stays as it was"
+            logger.warning("%s before the first update: there is nothing to save, %s", stop.reason, left)
+            folder.discard_if_new()
+            return stop.exit_code
+
+
+def start(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts) -> Parts:
+    """Build the parts; a start that fails is told, and leaves no new folder behind."""
     try:
         return build(config, folder, stop, alerts)
-    except KeyboardInterrupt:
-        folder.discard_if_new()
-        raise
     except Exception as error:
         if not isinstance(error, InputError):
             logger.exception("the run could not start")
@@ -263,34 +282,32 @@ def begin(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
 
 
-def run(config: FullConfig) -> int:
-    """Train as configured, from opening the run's folder to its model; returns the exit code."""
-    alerts, resuming = Alerts.from_environment(), config.checkpoint.resume != "none"
-    with RunFolder.open(config.run.folder, resume=resuming) as folder, alerts, contextlib.ExitStack() as stack:
-        stop = StopRequest()
-        stop.watch(folder.stop_path)
-        parts = begin(config, folder, stop, alerts)
-        stack.enter_context(stop)  # before there is anything to save, a signal simply ends the command
-        write_results(parts, Ending("running"))
-        ending = Ending("failed", 1, "interrupted")
-        try:
-            with parts.monitor, parts.manager:
-                try:
-                    train(parts)
-                except Exception as error:
-                    rescue(parts, error)
-                    raise
-            write_model(parts)
-            stopped = stop.requested
-            ending = Ending("stopped", stop.exit_code, stop.reason) if stopped else Ending("completed", 0)
-            stop.honour()
-        except Exception as error:
-            ending = diagnose(error)
-            logger.exception("%s", ending.reason)
-            raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
-        finally:
-            write_results(parts, ending)
-            tell(parts, "ended", ending)
+def finish(parts: Parts) -> int:
+    """Train to the end, whatever it is, and say how it was; returns the exit code."""
+    stop = parts.stop
+    write_results(parts, Ending("running"))
+    ending = Ending("failed", 1, "interrupted")
+    try:
+        with parts.monitor, parts.manager:
+            try:
+                train(parts)
+                stop.hold()
+            except Exception as error:
+                rescue(parts, error)
+                raise
+        write_model(parts)
+        ending = Ending("stopped", stop.exit_code, stop.reason) if stop.requested else Ending("completed", 0)
+        stop.honour()
+    except StoppedEarly:
+        ending = Ending("stopped", stop.exit_code, stop.reason)
+        raise
+    except Exception as error:
+        ending = diagnose(error)
+        logger.exception("%s", ending.reason)
+        raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
+    finally:
+        write_results(parts, ending)
+        tell(parts, "ended", ending)
     return ending.exit_code or 0
 
 
@@ -303,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe, e.g. configs/demo.yaml")
     parser.add_argument("--validate-only", action="store_true", help="check settings, data and model; train nothing")
-    parser.add_argument("--resume", metavar="latest|best|none|PATH", help="go on with the run of the same name")
+    parser.add_argument("--resume", metavar="latest|best|auto|none|PATH", help=RESUME_HELP)
     parser.add_argument("--init-from", metavar="FOLDER", help="start from the weights of a run, checkpoint or model")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over those of the file")
     options = parser.parse_intermixed_args(arguments)
@@ -316,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(check(config))
         return 0
     code = run(config)
-    print(f"run: {config.run.folder}")
+    if config.run.folder.is_dir():  # a start that was stopped at once leaves none
+        print(f"run: {config.run.folder}")
     return code
 
 

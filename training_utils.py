@@ -248,24 +248,29 @@ class EarlyStopping:
     """Ends a run whose metric has not improved by more than `min_delta` in `patience` checks."""
 
     def __init__(
-        self, patience: int, min_delta: float = 0.0, higher_is_better: bool = True, *, metric: str | None = None
+        self,
+        patience: int,
+        min_delta: float = 0.0,
+        higher_is_better: bool = True,
+        *,
+        metric: str | None = None,
+        yardstick: str | None = None,
     ) -> None:
         if patience < 1 or min_delta < 0:
             raise ValueError(f"patience={patience} and min_delta={min_delta} must be at least 1 and 0")
-        self.patience = patience
-        self.min_delta = min_delta
+        self.patience, self.min_delta = patience, min_delta
         self.higher_is_better = higher_is_better
-        self.metric = metric
+        self.metric, self.yardstick = metric, yardstick
         self.best: float | None = None
         self.bad_checks = 0
 
     @classmethod
-    def from_config(cls, section: TrainingSection, metric: str) -> "EarlyStopping | None":
-        """As the recipe asks for `metric`; None where it is off."""
+    def from_config(cls, section: TrainingSection, metric: str, yardstick: str) -> "EarlyStopping | None":
+        """As the recipe asks for `metric`, measured with `yardstick`; None where it is off."""
         if section.early_stopping_patience is None:
             return None
-        delta = section.early_stopping_min_delta
-        return cls(section.early_stopping_patience, delta, higher_is_better(metric), metric=metric)
+        patience, delta = section.early_stopping_patience, section.early_stopping_min_delta
+        return cls(patience, delta, higher_is_better(metric), metric=metric, yardstick=yardstick)
 
     def update(self, value: float) -> bool:
         """Take in a check; True when it is time to stop. A value that is not finite is no improvement."""
@@ -282,15 +287,17 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Json]:
         """As JSON values."""
-        return {"metric": self.metric, "best": self.best, "bad_checks": self.bad_checks}
+        return {"metric": self.metric, "yardstick": self.yardstick, "best": self.best, "bad_checks": self.bad_checks}
 
     def load_state_dict(self, state: Mapping[str, Json]) -> None:
-        """Go on counting, unless what was counted is another metric."""
+        """Go on counting, unless what was counted is another metric or was measured with another yardstick."""
         values = cast(Mapping[str, Any], state)
         if values["metric"] != self.metric:
             logger.warning("early stopping: now %s instead of %s; it starts afresh", self.metric, values["metric"])
-            return
-        self.best, self.bad_checks = values["best"], values["bad_checks"]
+        elif values.get("yardstick") != self.yardstick:
+            logger.warning("early stopping: %s is measured on other held-out images; it starts afresh", self.metric)
+        else:
+            self.best, self.bad_checks = values["best"], values["bad_checks"]
 
 
 @dataclass
@@ -432,13 +439,14 @@ class CheckpointManager(CheckpointSaver):
         every_minutes: float | None = None,
         vocabulary_sha256: str | None = None,
         config_sha256: str | None = None,
+        yardstick: str | None = None,
     ) -> None:
         policy = SavePolicy(keep_last, keep_every, every_steps, every_minutes)
-        super().__init__(CheckpointStore(folder, policy, best_metric, vocabulary_sha256, config_sha256))
+        super().__init__(CheckpointStore(folder, policy, best_metric, vocabulary_sha256, config_sha256, yardstick))
 
     @classmethod
     def from_config(
-        cls, folder: Path, section: CheckpointSection, *, vocabulary_sha256: str, config_sha256: str
+        cls, folder: Path, section: CheckpointSection, *, vocabulary_sha256: str, config_sha256: str, yardstick: str
     ) -> "CheckpointManager":
         """As the recipe asks for."""
         return cls(
@@ -450,12 +458,13 @@ class CheckpointManager(CheckpointSaver):
             every_minutes=section.every_minutes,
             vocabulary_sha256=vocabulary_sha256,
             config_sha256=config_sha256,
+            yardstick=yardstick,
         )
 
     def reserve(self, state: TrainState) -> None:
         """Allocate the memory of snapshots before training, so that the first save holds it up no longer than others.
 
-        Twice the size of the state: what is being written, and what waits while the disk is slow.
+        Twice the size of the state: what is being written, and what waits. More is allocated when more has to wait.
         """
         self.reserve_memory(state.stand_ins())
 

@@ -1,7 +1,7 @@
 """What a run came to: its scores, a few held-out images tagged by its model, where the model lies, what to do next.
 
-Reads the run folder and the data set that it names, writes nothing there. Refuses a folder that is not a run, and a run
-whose training has not left a model.
+Reads the run folder and the data set that it names, writes nothing there. A run without a model yet, or one that was
+killed, is summed up as it stands. Refuses a folder that is not a run.
 """
 
 import shlex
@@ -25,7 +25,7 @@ from tagger.options import Parser, whole
 from tagger.output import reader_may_leave
 from tagger.predict import Prediction, Tagger
 from tagger.record import Record
-from tagger.run_folder import RunResults, model_dir, results_path
+from tagger.run_folder import model_dir, read_results
 from training_utils import resolve_device
 
 EVALUATION_FORMAT_VERSION = 1
@@ -66,7 +66,7 @@ def tagged_table(run: Path, config: FullConfig, records: Sequence[Record]) -> Ta
 
 def summary_table(run: Path, config: FullConfig) -> Table:
     """Scores, cost, where the model lies, and the two commands that come next."""
-    results = RunResults.read(results_path(run))
+    results = read_results(run)
     columns = (Column(overflow="fold"), Column(overflow="fold"))
     table = Table(*columns, title=f"run {run.name}: {results.status}", show_header=False)
     for name, value in results.final.items():
@@ -77,6 +77,11 @@ def summary_table(run: Path, config: FullConfig) -> Table:
         table.add_row("left/right tags", left_right)
     speed = "" if results.images_per_second is None else f", {results.images_per_second:.0f} images/s"
     table.add_row("training", f"{results.steps} steps in {results.seconds / 60:.1f} minutes{speed}")
+    if results.error is not None:
+        table.add_row("why it ended", Text(results.error))
+    if not model_dir(run).is_dir():
+        table.add_row("model", "none yet: it is written when a run ends that was validated")
+        return table
     table.add_row("model", Text(str(model_dir(run))))
     place, runs = shlex.quote(str(model_dir(run))), shlex.quote(str(run.parent))
     table.add_row("tag images", Text(f"{python_command()} -m scripts.predict {place} IMAGE_OR_FOLDER"))
@@ -144,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
     config = load_config(run / "config.yaml", environment={})
     with reader_may_leave():
-        if options.predict > 0:
+        if options.predict > 0 and model_dir(run).is_dir():
             console.print(tagged_table(run, config, pick_held_out(config, options.predict)))
         console.print(summary_table(run, config))
     return 0

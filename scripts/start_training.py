@@ -20,7 +20,7 @@ from tagger.command import command
 from tagger.options import Parser
 
 DEMO_CONFIG = "configs/demo.yaml"
-RESUME_WORDS = ("latest", "best", "none")
+RESUME_WORDS = ("latest", "best", "auto", "none")
 CALLED_FROM = "TAGSMITH_CALLED_FROM"  # the launchers change to the project's folder and leave word of where they were
 # OpenMP's threads spin while they wait, which takes the core from whoever works: a busy machine then trains 3 to 6
 # times slower. It is read once, when torch is imported, so it must stand in the child's environment.
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: python -m scripts.start_training training.num_epochs=3 run.name=short",
     )
     parser.add_argument("--config", default=DEMO_CONFIG, metavar="FILE", help="a recipe (default: %(default)s)")
-    parser.add_argument("--resume", metavar="latest|best|none|PATH", help="continue the run instead of starting it")
+    parser.add_argument("--resume", metavar="latest|best|auto|none|PATH", help="continue the run; auto: or start it")
     parser.add_argument("--validate-only", action="store_true", help="check settings and data, train nothing")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings, e.g. training.num_epochs=3"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained, measured tagger: environment, demo data, training, evaluation, three tagged images.
-#   bash scripts/start_training.sh [--config FILE] [--resume latest|best|none|PATH] [--validate-only] [section.key=value ...]
+#   bash scripts/start_training.sh [--config FILE] [--resume latest|best|auto|none|PATH] [--validate-only] [section.key=value ...]
 # Without --config it trains configs/demo.yaml. Works from any folder.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"

@@ -9,10 +9,13 @@ from typing import Literal
 
 import torch
 
+from tagger.checkpoint.format import NotFiniteError
 from tagger.checkpoint.writer import CheckpointWriteError
 from tagger.errors import DivergedError, InputError, StorageError
 
-Status = Literal["running", "completed", "stopped", "failed", "diverged"]
+# "killed" is never written: it is what a reader says of a run that is said to be running and whose process is gone.
+Status = Literal["running", "completed", "stopped", "failed", "diverged", "killed"]
+KILLED_REASON = "its process is gone without a word (kill -9, a second signal, a power cut); go on with --resume latest"
 
 OUT_OF_MEMORY_ADVICE = (
     "lower training.batch_size and raise training.accumulation_steps by the same factor (the updates stay the same), "
@@ -42,6 +45,8 @@ def diagnose(error: BaseException) -> Ending:
         return Ending("failed", error.exit_code, text)
     if is_out_of_memory(error):
         return Ending("failed", 5, f"out of memory ({text[:200]}); {OUT_OF_MEMORY_ADVICE}")
+    if isinstance(error.__cause__, NotFiniteError):
+        return Ending("diverged", 4, f"{text}; go on from it with a lower optimizer.learning_rate")
     if isinstance(error, CheckpointWriteError | StorageError):
         return Ending("failed", 6, f"{text}; {STORAGE_ADVICE}")
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:

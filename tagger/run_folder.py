@@ -4,18 +4,20 @@ Refuses a folder that exists unless the run is continued, and a folder in which 
 """
 
 import contextlib
+import difflib
 import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
-from tagger.endings import Status
+from tagger.checkpoint.format import list_checkpoints
+from tagger.endings import KILLED_REASON, Status
 from tagger.errors import PATH_ERRORS, InputError
 from tagger.files import FormatError, read_json, write_json
 from tagger.logs import RunLogHandler
@@ -25,6 +27,8 @@ from tagger.run_lock import FolderLock, LockedError, is_held
 FORMAT_VERSION = 1
 
 logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 5
 
 
 class RunFolderError(InputError):
@@ -117,7 +121,7 @@ class RunFolder:
                 raise RunFolderError(f"{path} is a file; a run needs a folder of that name") from error
             if not resume:
                 raise RunFolderError(
-                    f"{path} already exists ({describe_run(path)}); continue it with --resume latest, "
+                    f"{path} already exists ({describe_run(path)}); {_way_on(path)}, "
                     f"or start another run with run.name={_free_name(path)}"
                 ) from error
             is_new = False
@@ -164,7 +168,7 @@ class RunFolder:
     @property
     def checkpoints_dir(self) -> Path:
         """What the run continues from."""
-        return self.path / "checkpoints"
+        return checkpoints_dir(self.path)
 
     @property
     def vocabulary_path(self) -> Path:
@@ -227,6 +231,11 @@ def lock_path(run: Path) -> Path:
     return run / "run.lock"
 
 
+def checkpoints_dir(run: Path) -> Path:
+    """The checkpoints of the run in folder `run`."""
+    return run / "checkpoints"
+
+
 def results_path(run: Path) -> Path:
     """`results.json` of the run in folder `run`."""
     return run / "results.json"
@@ -237,13 +246,45 @@ def model_dir(run: Path) -> Path:
     return run / "model"
 
 
+def read_results(run: Path) -> RunResults:
+    """How the run in folder `run` stands: as its file says, but "killed" where that says running and no process does.
+
+    A process of another host is believed to run. Raises FormatError as `RunResults.read` does.
+    """
+    held = is_held(lock_path(run))  # first: a run that ends meanwhile has then written how
+    results = RunResults.read(results_path(run))
+    if results.status != "running" or held:
+        return results
+    return replace(results, status="killed", error=KILLED_REASON)
+
+
 def describe_run(run: Path) -> str:
     """How the run in folder `run` stands, for people: "completed, step 900"."""
     with contextlib.suppress(FormatError, OSError):
-        results = RunResults.read(results_path(run))
-        status = "interrupted" if results.status == "running" and not is_held(lock_path(run)) else results.status
-        return f"{status}, step {results.steps}"
+        results = read_results(run)
+        return f"{results.status}, step {results.steps}"
     return "no results yet"
+
+
+def require_checkpoints(run: Path) -> None:
+    """Raise RunFolderError where the run in folder `run` has nothing to resume, naming the runs that have."""
+    if list_checkpoints(checkpoints_dir(run)):
+        return
+    if run.is_dir():
+        raise RunFolderError(f"{run} has no checkpoint to resume ({describe_run(run)}); {_way_on(run)}")
+    places = run.parent.iterdir() if run.parent.is_dir() else ()
+    names = sorted(path.name for path in places if list_checkpoints(checkpoints_dir(path)))
+    close = difflib.get_close_matches(run.name, names, n=_NAMES_SHOWN)
+    shown = [*close, *(name for name in names if name not in close)][:_NAMES_SHOWN]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    guess = f"did you mean run.name={close[0]}? " if close else ""
+    listed = f"{guess}{run.parent} has {', '.join(shown) or 'no run with checkpoints'}{more}"
+    raise RunFolderError(f"there is no run {run} to resume; {listed}; to start a new run of this name: --resume auto")
+
+
+def _way_on(run: Path) -> str:
+    has_checkpoint = bool(list_checkpoints(checkpoints_dir(run)))
+    return "continue it with --resume latest" if has_checkpoint else "start it over with --resume auto"
 
 
 @cache

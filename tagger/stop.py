@@ -1,4 +1,7 @@
-"""Stopping on request: a signal or a STOP file asks; a second signal ends the process at once."""
+"""Stopping on request: a signal or a STOP file asks; a second signal ends the process at once.
+
+While there is nothing to save yet, the first signal ends at once too, by an exception of the main thread.
+"""
 
 import contextlib
 import logging
@@ -16,6 +19,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_EVERY_S = 1.0
 
 
+class StoppedEarly(KeyboardInterrupt):
+    """A signal that came while there was nothing to save; like Ctrl-C it may arrive at any line."""
+
+
 class StopRequest:
     """Whether the run has been asked to stop. A context manager of the main thread.
 
@@ -26,6 +33,7 @@ class StopRequest:
         self.signal_number: int | None = None
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
         self._made_at = time.time()
+        self._at_once = False
         self._file: Path | None = None
         self._file_seen = False
         self._looked_at = 0.0
@@ -37,6 +45,16 @@ class StopRequest:
                 logger.warning("%s was there before this run started: removed", file)
                 file.unlink()
         self._file = file
+
+    def at_once(self) -> None:
+        """From now until `hold`, a signal raises StoppedEarly; here, where one came before."""
+        self._at_once = True
+        if self.signal_number is not None:
+            raise StoppedEarly
+
+    def hold(self) -> None:
+        """There is something to save: from now on a signal is noted, and the loop stops where it can save."""
+        self._at_once = False
 
     @property
     def requested(self) -> bool:
@@ -83,6 +101,8 @@ class StopRequest:
         self.signal_number = number
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        if self._at_once:
+            raise StoppedEarly
         logger.warning(
             "%s: stopping after this step with a checkpoint; once more to end at once", signal.Signals(number).name
         )

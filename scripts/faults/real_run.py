@@ -82,7 +82,7 @@ def killed_runs(folder: Path, number: int, seed: int = 0) -> Outcome:
 
 def _start(folder: Path, name: str, epochs: int) -> "subprocess.Popen[bytes]":
     words = [
-        *("--config", str(ROOT / "configs" / "unified_config.yaml"), "--resume", "latest"),
+        *("--config", str(ROOT / "configs" / "unified_config.yaml"), "--resume", "auto"),
         f"data.roots=[{folder}/images]",
         f"data.index_dir={folder}/index-{name}",
         f"run.output_dir={folder}/runs",

@@ -1,6 +1,7 @@
 """A run whose state at every step is known in advance, and the check of what such a run has left on disk."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -133,7 +134,9 @@ def save_until_killed(
 ) -> None:
     """The child: goes on from the newest checkpoint, saves at every step and tells what is known to be on disk.
 
-    With `wait` each save is waited for. `prepare` is called before the manager is made, which cleans the folder.
+    With `wait` each save is waited for. `prepare` is called before the manager is made, which cleans the folder. No
+    more saves of `keep_every` are under way than the manager holds, as in a run whose disk keeps up with them, so that
+    all of them must be found.
     """
     torch.set_num_threads(1)
     state = toy_state()
@@ -141,12 +144,14 @@ def save_until_killed(
         prepare()
     manager = CheckpointManager(folder, keep_last, METRIC, keep_every=KEEP_EVERY)
     loaded = manager.load()
-    step = told = 0 if loaded is None else loaded.step
+    step = told = first = 0 if loaded is None else loaded.step
     connection.send_bytes(_ACKNOWLEDGED.pack(b"A", step, math.nan))
     saves = 0
     while most_saves is None or saves < most_saves:
         step, saves = step + 1, saves + 1
         set_step(state, step)
+        while step % KEEP_EVERY == 0 and (manager.saved_step or first) < step - KEEP_EVERY and not manager.num_failures:
+            time.sleep(0.001)
         manager.save(state, {METRIC: score(step)}, wait=wait)
         saved, best = manager.saved_step, manager.best
         if saved is not None and saved > told:

@@ -63,6 +63,10 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be used; the message is one line that says which, why and what to do."""
 
 
+class NotFiniteError(CheckpointError):
+    """Weights, averages or optimizer state that hold a NaN or an infinity, and are therefore not saved."""
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """What a file of a checkpoint must be."""
@@ -76,7 +80,8 @@ class Manifest:
     """What a checkpoint folder must hold. `sequence` counts the checkpoints of a run in the order they were written.
 
     Steps alone do not order them: a run that goes back to an earlier checkpoint passes the same steps again. `value` is
-    that of the deciding metric, by name, where the step was scored, so that the best one is known without its record.
+    that of the deciding metric, by name, where the step was scored, so that the best one is known without its record;
+    `yardstick` is the hash of what it was scored with, since values of two yardsticks do not compare.
     """
 
     step: int
@@ -86,6 +91,7 @@ class Manifest:
     config_sha256: str | None = None
     metric: str | None = None
     value: float | None = None
+    yardstick: str | None = None
 
     def encode(self) -> bytes:
         """The one byte string of this manifest; it ends in the sha256 of what comes before."""
@@ -112,6 +118,11 @@ class LoadedCheckpoint:
 def checkpoint_name(step: int, copy: int = 1) -> str:
     """Folder name of a checkpoint; `copy` tells apart several of the same step."""
     return f"step-{step:09d}" if copy == 1 else f"step-{step:09d}-{copy}"
+
+
+def checkpoint_step(name: str) -> int:
+    """The step in a checkpoint's folder name."""
+    return int(name.split("-")[1])
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -193,6 +204,7 @@ def read_manifest(folder: Path) -> Manifest:
             config_sha256=_optional_text(content["config_sha256"]),
             metric=_optional_text(content.get("metric")),
             value=_optional_number(content.get("value")),
+            yardstick=_optional_text(content.get("yardstick")),
         )
     except FormatError:
         raise
@@ -291,11 +303,11 @@ def first_nonfinite(tensors: Tensors) -> str | None:
 
 
 def refuse_nonfinite(parts: Mapping[str, Tensors], step: int) -> None:
-    """Raise CheckpointError where weights, averages or optimizer state are not finite."""
+    """Raise NotFiniteError where weights, averages or optimizer state are not finite."""
     for part in _FINITE_PARTS:
         bad = first_nonfinite(parts.get(part, {}))
         if bad is not None:
-            raise CheckpointError(
+            raise NotFiniteError(
                 f"{bad} ({part}) is not finite at step {step}: not saved, earlier checkpoints stay as they are"
             )
 

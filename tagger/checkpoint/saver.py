@@ -2,6 +2,10 @@
 
 A save that fails ends no run: `poll` tells of it from the next step on, and the saves that follow are tried all the
 same. Only the newest state not being on disk at the end is an error, of `close`.
+
+However long the disk hangs, training goes on and the memory is bounded: one state is being written, and at most the
+newest, the best and MAX_KEPT_WAITING of `keep_every` wait. Further ones of `keep_every` are like any other save, and
+one that is given up is a failure that `poll` tells of.
 """
 
 import contextlib
@@ -13,9 +17,10 @@ from types import TracebackType
 from typing import TypeVar
 
 from tagger.checkpoint.format import Json, LoadedCheckpoint, Tensors, encode_state
+from tagger.checkpoint.room import plan_room, tensor_bytes
 from tagger.checkpoint.snapshot import HostSnapshot, SnapshotPool
 from tagger.checkpoint.store import BestRecord, CheckpointStore
-from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointWriteError, SaveFailure
+from tagger.checkpoint.writer import MAX_KEPT_WAITING, AsyncCheckpointWriter, CheckpointWriteError, SaveFailure
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ class CheckpointSaver:
         self._store = store
         self._best_score = None if store.best is None else store.best.value
         self._pool = SnapshotPool()
-        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(self._write, self._release)
+        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(self._write, self._give_up)
         self._failures: deque[SaveFailure] = deque()
         self._saved_at_s = 0.0
         self.num_failures = 0
@@ -51,6 +56,11 @@ class CheckpointSaver:
     def best_metric(self) -> str:
         """Name of the metric that decides."""
         return self._store.best_metric
+
+    @property
+    def yardstick(self) -> str | None:
+        """Hash of what it is measured with."""
+        return self._store.yardstick
 
     @property
     def best(self) -> BestRecord | None:
@@ -70,6 +80,11 @@ class CheckpointSaver:
         """Allocate and touch the memory that saving tensors like these takes, twice their size."""
         self._pool.reserve(parts)
 
+    def report_room(self, parts: Mapping[str, Tensors], step: int, total_steps: int) -> None:
+        """One line about the disk that checkpoints of tensors like these will take; a warning where it is too full."""
+        room = plan_room(self._store.folder, self._store.policy, tensor_bytes(parts), step, total_steps)
+        logger.log(logging.INFO if room.fits else logging.WARNING, "%s", room)
+
     def submit(
         self,
         step: int,
@@ -84,11 +99,10 @@ class CheckpointSaver:
         if score is not None and self._store.is_better(score, self._best_score):
             self._best_score = score
             purposes.add("best")
-        if self._store.policy.is_history(step):
-            purposes.add(f"history of step {step}")
         # First, so that the copy goes into the memory of the one that would wait in vain.
         self._writer.supersede(frozenset(purposes))
-        self._writer.submit(_Save(step, self._pool.capture(parts), encoded, score), frozenset(purposes))
+        save = _Save(step, self._pool.capture(parts), encoded, score)
+        self._writer.submit(save, frozenset(purposes), keep=self._store.policy.is_history(step))
         self._saved_at_s = seconds
 
     def _write(self, save: _Save) -> None:
@@ -99,14 +113,25 @@ class CheckpointSaver:
             # What did not reach the disk must not stand in the way of the next best one.
             self._best_score = None if self._store.best is None else self._store.best.value
             failure = SaveFailure(save.step, error, on_disk=self._store.commits > commits)
-            self.num_failures += 1
-            self._failures.append(failure)
+            self._tell(failure)
             if not failure.on_disk:
                 raise
             logger.error("%s", failure)
             error.__traceback__ = None  # its frames hold the whole state
         finally:
             self._release(save)
+
+    def _give_up(self, save: _Save) -> None:
+        self._release(save)
+        if self._store.policy.is_history(save.step):
+            late = f"the disk is {self.lag_s():.0f} s late, and {MAX_KEPT_WAITING} of checkpoint.keep_every are waiting"
+            failure = SaveFailure(save.step, CheckpointWriteError(late), on_disk=False)
+            logger.error("%s; a newer one takes its place", failure)
+            self._tell(failure)
+
+    def _tell(self, failure: SaveFailure) -> None:
+        self.num_failures += 1
+        self._failures.append(failure)
 
     def _release(self, save: _Save) -> None:
         self._pool.release(save.snapshot)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tagger.checkpoint.format import CheckpointError, Json, Tensors
+from tagger.checkpoint.room import tensor_bytes
 
 # What makes two buffers interchangeable: shape, type, and whether the memory is pinned.
 _Form: TypeAlias = tuple[torch.Size, torch.dtype, bool]
@@ -30,7 +31,7 @@ class HostSnapshot:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for part in self.tensors.values() for t in part.values())
+        return tensor_bytes(self.tensors)
 
 
 class SnapshotPool:
@@ -47,7 +48,7 @@ class SnapshotPool:
     def reserve(self, parts: Mapping[str, Tensors], sets: int = 2) -> None:
         """Allocate and touch the memory of that many snapshots of tensors like these, whose values are not read.
 
-        Two are what saving needs at most while the disk is slow: the one being written and the one that waits.
+        Two are what saving needs while the disk is a little slow: the one being written and the one that waits.
         """
         for _ in range(sets):
             for tensors in parts.values():

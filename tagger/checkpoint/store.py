@@ -51,6 +51,7 @@ class BestRecord:
     metric: str
     value: float
     step: int
+    yardstick: str | None = None  # hash of what it was scored with; values of two yardsticks do not compare
 
 
 def higher_is_better(metric: str) -> bool:
@@ -76,7 +77,11 @@ def read_best(folder: Path) -> BestRecord | None:
     content = read_json(path, "record of the best checkpoint", FORMAT_VERSION)
     try:
         record = BestRecord(
-            str(content["checkpoint"]), str(content["metric"]), float(content["value"]), int(content["step"])
+            str(content["checkpoint"]),
+            str(content["metric"]),
+            float(content["value"]),
+            int(content["step"]),
+            None if content.get("yardstick") is None else str(content["yardstick"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"record of the best checkpoint {path} is incomplete ({error})") from error
@@ -102,6 +107,7 @@ def write_best(folder: Path, record: BestRecord) -> None:
             "metric": record.metric,
             "value": record.value,
             "step": record.step,
+            "yardstick": record.yardstick,
         },
     )
 
@@ -125,38 +131,51 @@ def newest_first(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[Checkp
 
 
 def find_best(
-    folder: Path, candidates: Sequence[tuple[Path, Manifest]], metric: str | None = None
+    folder: Path,
+    candidates: Sequence[tuple[Path, Manifest]],
+    metric: str | None = None,
+    yardstick: str | None = None,
 ) -> BestRecord | None:
     """The best checkpoint by its record and, where that is lost, wrong or behind, by the scores in the manifests.
 
-    `candidates` as `newest_first` gives them. `metric`: the one to choose by; None is that of the record or of the
-    newest score. What is wrong with the record is logged. Raises NewerFormatError for one of a newer program.
+    `candidates` as `newest_first` gives them. `metric` and `yardstick`: those to choose by; without a metric, both are
+    those of the record or of the newest score. What is wrong with the record is logged. Raises NewerFormatError for one
+    of a newer program.
     """
+    best_of = _best_of_each(candidates)
     manifests = {path.name: manifest for path, manifest in candidates}
     record: BestRecord | None = None
     try:
         record = read_best(folder)
-        fault = None if record is None else _fault_of(record, manifests, metric)
+        fault = None if record is None else _fault_of(record, manifests, metric, yardstick)
     except NewerFormatError:
         raise
     except FormatError as error:
         fault = str(error)
     if record is not None and fault is None:
-        found = _best_by_manifests(candidates, record.metric)
+        found = best_of.get((record.metric, record.yardstick))
         higher = higher_is_better(record.metric)
         # A crash after a better checkpoint was written, before it was recorded, leaves the record behind.
         return found if found is not None and is_better(found.value, record.value, higher=higher) else record
-    found = _best_by_manifests(candidates, metric)
+    scored = ((manifest.metric, manifest.yardstick) for _, manifest in candidates if manifest.value is not None)
+    found = best_of.get((metric, yardstick) if metric is not None else next(scored, (None, None)))
     if fault is not None:
         then = "the best starts afresh" if found is None else f"by its score {found.checkpoint} is the best"
         logger.warning("%s: %s", fault, then)
     return found
 
 
-def _fault_of(record: BestRecord, manifests: Mapping[str, Manifest], metric: str | None) -> str | None:
+def _fault_of(
+    record: BestRecord, manifests: Mapping[str, Manifest], metric: str | None, yardstick: str | None
+) -> str | None:
     name = record.checkpoint
     if metric not in (None, record.metric):
-        return f"the best checkpoint ({name}) was chosen by {record.metric}, this run chooses by {metric}"
+        return f"the best checkpoint ({name}, which stays) was chosen by {record.metric}, this run chooses by {metric}"
+    if metric is not None and record.yardstick != yardstick:
+        return (
+            f"the best checkpoint ({name}, which stays) has {metric} {record.value:.4f} on other held-out images, or "
+            "with other tags of theirs or settings of validation"
+        )
     if name not in manifests:
         return f"the best checkpoint ({name}) is gone or broken"
     manifest = manifests[name]
@@ -165,30 +184,33 @@ def _fault_of(record: BestRecord, manifests: Mapping[str, Manifest], metric: str
     return None
 
 
-def _best_by_manifests(candidates: Sequence[tuple[Path, Manifest]], metric: str | None) -> BestRecord | None:
-    best: BestRecord | None = None
-    scored = [(path, m) for path, m in candidates if m.metric is not None and m.value is not None]
-    wanted = metric if metric is not None or not scored else scored[0][1].metric
-    for path, manifest in reversed(scored):
-        if manifest.metric != wanted or wanted is None or manifest.value is None:
+def _best_of_each(
+    candidates: Sequence[tuple[Path, Manifest]],
+) -> dict[tuple[str | None, str | None], BestRecord]:
+    """By the scores in the manifests, the best checkpoint for each metric and yardstick that a score is of."""
+    best: dict[tuple[str | None, str | None], BestRecord] = {}
+    for path, manifest in reversed(candidates):
+        metric, value, key = manifest.metric, manifest.value, (manifest.metric, manifest.yardstick)
+        if metric is None or value is None:
             continue
-        if is_better(manifest.value, None if best is None else best.value, higher=higher_is_better(wanted)):
-            best = BestRecord(path.name, wanted, manifest.value, manifest.step)
+        if is_better(value, best[key].value if key in best else None, higher=higher_is_better(metric)):
+            best[key] = BestRecord(path.name, metric, value, manifest.step, manifest.yardstick)
     return best
 
 
-def load_checkpoint(folder: Path, which: str) -> LoadedCheckpoint | None:
+def load_checkpoint(folder: Path, which: str, best: BestRecord | None = None) -> LoadedCheckpoint | None:
     """Load "latest", "best", or the checkpoint at a path (or of that name in `folder`), verified.
 
-    Where the one asked for is broken, the newest good one is loaded instead and a warning says so; a path is taken at
-    its word. None where `folder` holds no checkpoint at all; CheckpointError where none of those it holds is usable.
+    `best`: where it is known already; None: as `find_best` finds it. Where the one asked for is broken, the newest good
+    one is loaded instead and a warning says so; a path is taken at its word. None where `folder` holds no checkpoint at
+    all; CheckpointError where none of those it holds is usable.
     """
     if which not in ("latest", "best"):
         return read_checkpoint(_named(folder, which))
     candidates, broken = newest_first(folder)
     faults = [str(error) for error in broken]
     paths = [path for path, _ in candidates]
-    wanted = _wanted(folder, which, candidates)
+    wanted = folder / best.checkpoint if which == "best" and best is not None else _wanted(folder, which, candidates)
     if which == "best" and wanted in paths:
         paths = [wanted, *(path for path in paths if path != wanted)]
     found: LoadedCheckpoint | None = None
@@ -241,6 +263,9 @@ class CheckpointStore:
 
     Refuses to commit a state that is not finite, and to load a checkpoint of another vocabulary. `best` is the best
     checkpoint on disk, `commits` counts those that were written and read back, `newest_step` is the step of the last.
+
+    `yardstick` is the hash of what scores are measured with: the held-out images, their tags, the settings of
+    validation. Scores of another one are not compared with; the best checkpoint of each is kept.
     """
 
     def __init__(
@@ -250,18 +275,20 @@ class CheckpointStore:
         best_metric: str,
         vocabulary_sha256: str | None = None,
         config_sha256: str | None = None,
+        yardstick: str | None = None,
     ) -> None:
         self.folder = folder
         self.policy = policy
         self.best_metric = best_metric
         self.vocabulary_sha256 = vocabulary_sha256
         self.config_sha256 = config_sha256
+        self.yardstick = yardstick
         stray = remove_temporaries(folder)
         if stray:
             logger.info("%s: removed %d unfinished file(s) of an interrupted run", folder, stray)
         candidates, _ = newest_first(folder)
         self._next_sequence = 1 + max((manifest.sequence for _, manifest in candidates), default=0)
-        self.best = find_best(folder, candidates, best_metric)
+        self.best = find_best(folder, candidates, best_metric, yardstick)
         self.commits = 0
         self.newest_step: int | None = None
 
@@ -287,6 +314,7 @@ class CheckpointStore:
             self.config_sha256,
             self.best_metric if scored else None,
             value if scored else None,
+            self.yardstick if scored else None,
         )
         self._next_sequence += 1
         path = write_checkpoint(self.folder, content)
@@ -295,7 +323,7 @@ class CheckpointStore:
         self.newest_step = step
         is_best = value is not None and self.is_better(value, None if self.best is None else self.best.value)
         if value is not None and is_best:
-            self.best = BestRecord(path.name, self.best_metric, value, step)
+            self.best = BestRecord(path.name, self.best_metric, value, step, self.yardstick)
         try:
             self._record(path, step)
         finally:
@@ -320,14 +348,15 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Delete what the policy lets go. The newest checkpoint has been read back when this is called."""
-        protected = {record.checkpoint for record in (self.best, self._best_on_disk()) if record is not None}
         candidates, _ = newest_first(self.folder)
+        records = (self.best, self._best_on_disk(), *_best_of_each(candidates).values())
+        protected = {record.checkpoint for record in records if record is not None}
         for name in self.policy.removable([(path.name, manifest.step) for path, manifest in candidates], protected):
             remove_checkpoint(self.folder / name)
 
     def load(self, which: str) -> LoadedCheckpoint | None:
         """`load_checkpoint` of this folder, for a run of this vocabulary; a changed configuration is logged."""
-        loaded = load_checkpoint(self.folder, which)
+        loaded = load_checkpoint(self.folder, which, self.best)
         if loaded is None:
             return None
         found, here = loaded.manifest.vocabulary_sha256, self.vocabulary_sha256

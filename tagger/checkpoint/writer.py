@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from tagger.checkpoint.format import (
     MANIFEST_FILE,
@@ -32,6 +32,7 @@ from tagger.checkpoint.format import (
 
 logger = logging.getLogger(__name__)
 
+MAX_KEPT_WAITING = 2  # each is a whole training state in memory
 TEMPORARY_PREFIX = ".tmp-"
 _RECORD = re.compile(r"\.(last|best)\.json\..*\.tmp$")  # as tagger.files.write_atomic names them
 T = TypeVar("T")
@@ -69,6 +70,7 @@ class CheckpointContent:
     config_sha256: str | None = None
     metric: str | None = None
     value: float | None = None
+    yardstick: str | None = None
 
 
 def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
@@ -91,6 +93,7 @@ def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
             content.config_sha256,
             content.metric,
             content.value,
+            content.yardstick,
         ).encode()
         _write_bytes(temporary / MANIFEST_FILE, manifest)
         fsync_folder(temporary)
@@ -167,13 +170,21 @@ def remove_temporaries(folder: Path) -> int:
     return len(stray)
 
 
+class _Waiting(NamedTuple, Generic[T]):
+    item: T
+    purposes: frozenset[str]
+    since_s: float
+    kept: bool
+
+
 class AsyncCheckpointWriter(Generic[T]):
     """Runs `write(item)` for submitted items on a background thread, in order; used by one training thread.
 
     Each item is submitted for some purposes. While the writer is busy, items wait; one that waits is dropped (given to
     `discard`) as soon as a newer one serves all its purposes. So with purposes {"last"} and {"last", "best"} at most
-    two wait however slow the disk is, and a best one is dropped for a better one only. An item that has a purpose to
-    itself is never dropped.
+    two wait however slow the disk is, and a best one is dropped for a better one only. An item to be kept is not
+    dropped, but no more than MAX_KEPT_WAITING of them are held at a time: a disk that hangs must not fill the memory,
+    which would end the run, nor hold up training, which saves nothing. One above that number is like any other.
 
     An error of `write` is logged and stops nothing: later items are written all the same. `flush` and `close` raise
     that of the newest item, whose state is then not on disk.
@@ -182,7 +193,7 @@ class AsyncCheckpointWriter(Generic[T]):
     def __init__(self, write: Callable[[T], None], discard: Callable[[T], None] | None = None) -> None:
         self._write = write
         self._discard = discard
-        self._waiting: deque[tuple[T, frozenset[str], float]] = deque()
+        self._waiting: deque[_Waiting[T]] = deque()
         self._busy_since: float | None = None
         self._error: Exception | None = None
         self._closing = False
@@ -190,24 +201,25 @@ class AsyncCheckpointWriter(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, item: T, purposes: frozenset[str] = frozenset({"last"})) -> None:
-        """Accept an item without waiting for the disk."""
+    def submit(self, item: T, purposes: frozenset[str] = frozenset({"last"}), *, keep: bool = False) -> None:
+        """Accept an item without waiting for the disk; `keep` it where not too many such wait already."""
         self.supersede(purposes)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the checkpoint writer is closed; nothing more can be saved through it")
-            self._waiting.append((item, purposes, time.monotonic()))
+            kept = keep and sum(each.kept for each in self._waiting) < MAX_KEPT_WAITING
+            self._waiting.append(_Waiting(item, purposes, time.monotonic(), kept))
             self._changed.notify_all()
 
     def supersede(self, purposes: frozenset[str]) -> None:
         """Drop what an item for these purposes takes the place of; before it is made, its memory can then be theirs."""
         with self._changed:
-            dropped = [each for each in self._waiting if each[1] <= purposes]
-            self._waiting = deque(each for each in self._waiting if not each[1] <= purposes)
-        for old, _, _ in dropped:
+            dropped = [each for each in self._waiting if each.purposes <= purposes and not each.kept]
+            self._waiting = deque(each for each in self._waiting if each.kept or not each.purposes <= purposes)
+        for old in dropped:
             logger.info("the disk is slow: a waiting checkpoint gives way to a newer one")
             if self._discard is not None:
-                self._discard(old)
+                self._discard(old.item)
 
     def flush(self) -> None:
         """Wait until everything accepted so far is written; raises CheckpointWriteError if the newest was not."""
@@ -220,7 +232,7 @@ class AsyncCheckpointWriter(Generic[T]):
     def lag_s(self) -> float:
         """Seconds since the oldest unfinished item was submitted; 0 when all is written."""
         with self._changed:
-            times = [since for _, _, since in self._waiting]
+            times = [each.since_s for each in self._waiting]
             if self._busy_since is not None:
                 times.append(self._busy_since)
         return time.monotonic() - min(times) if times else 0.0
@@ -239,7 +251,7 @@ class AsyncCheckpointWriter(Generic[T]):
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     return
-                item, _, self._busy_since = self._waiting.popleft()
+                item, _, self._busy_since, _ = self._waiting.popleft()
             failure: Exception | None = None
             try:
                 self._write(item)

@@ -1,5 +1,6 @@
 """Starting from another run's weights, and going on with other settings: what carries over, and that it is said."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -181,6 +182,58 @@ def test_another_data_set_is_gone_on_with_and_said(
     # Whole epochs of the new images, less the incomplete last batch.
     assert all(len(rows) > 56 for rows in seen.values())
     assert results_of(tmp_path / "run")["status"] == "completed"
+
+
+def steps_kept(folder: Path) -> set[int]:
+    return {int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*")}
+
+
+def test_scores_of_other_held_out_images_are_not_compared(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    patience = "training.early_stopping_patience=2"
+    run(images, tmp_path, "run", patience)
+    first = results_of(tmp_path / "run")["best"]
+    assert isinstance(first, dict)
+    record = tmp_path / "run" / "checkpoints" / "best.json"
+    name = json.loads(record.read_text())["checkpoint"]
+    caplog.clear()
+    words = ("training.num_epochs=5", patience, "checkpoint.keep_last=1", "data.val_fraction=0.4", "--resume", "latest")
+    run(images, tmp_path, "run", *words)
+    lines = [each.message for each in caplog.records if "held-out images" in each.message]
+    assert len(lines) == 2 and f"({name}, which stays) has val/mAP {first['value']:.4f}" in lines[0]
+    assert lines[1].startswith("early stopping: ")
+    second = results_of(tmp_path / "run")["best"]
+    assert isinstance(second, dict) and second["step"] > first["step"]
+    assert (tmp_path / "run" / "checkpoints" / name).is_dir()
+    # The same images again: the old best is known again, and the newer one stays beside it.
+    caplog.clear()
+    run(images, tmp_path, "run", *words[:-3], "--resume", "latest")
+    assert (
+        results_of(tmp_path / "run")["best"] == first or results_of(tmp_path / "run")["best"]["value"] > first["value"]
+    )  # type: ignore[index]
+    assert "all 5 epochs are done" in caplog.text
+
+
+def test_fewer_epochs_than_were_trained_end_the_run_with_a_line_and_a_score(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped_at(12, images, tmp_path)
+    before = learning_rates(tmp_path / "run")
+    run(images, tmp_path, "run", "training.num_epochs=2", "--resume", "latest")
+    lines = [each.message for each in caplog.records if "training.num_epochs=2, but the run" in each.message]
+    assert len(lines) == 1 and "is in epoch 3 already (step 12): nothing is trained" in lines[0]
+    results = results_of(tmp_path / "run")
+    assert (results["status"], results["exit_code"], results["steps"]) == ("completed", 0, 12)
+    assert learning_rates(tmp_path / "run") == before
+    scored = [int(line["step"]) for line in lines_of(tmp_path / "run") if "val/mAP" in line]
+    assert scored == [5, 10, 12]  # the weights as they are were never scored before
+    assert (tmp_path / "run" / "model").is_dir()
+    caplog.clear()
+    run(images, tmp_path, "run", "training.num_epochs=2", "--resume", "latest")
+    assert scored == [int(line["step"]) for line in lines_of(tmp_path / "run") if "val/mAP" in line]
+    run(images, tmp_path, "run", "training.num_epochs=3", "--resume", "latest")
+    assert results_of(tmp_path / "run")["steps"] == 15
 
 
 def test_another_seed_is_no_change_of_data(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,9 @@
 
 import errno
 import logging
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
@@ -11,7 +14,9 @@ import torch
 import start_up
 import train_direct
 from tagger.alerts import Alerts
-from tagger.checkpoint.writer import CheckpointWriteError
+from tagger.checkpoint import store
+from tagger.checkpoint.format import verify_checkpoint
+from tagger.checkpoint.writer import CheckpointContent, CheckpointWriteError
 from tagger.data import image_reader
 from tagger.data.quarantine import FileFacts
 from tagger.errors import DataFailureError, StorageError
@@ -298,6 +303,145 @@ def test_a_start_without_memory_has_its_code(images: Path, tmp_path: Path, monke
     monkeypatch.setattr(train_direct, "build", build)
     assert train_direct.main(arguments(images, tmp_path, "run")) == 5
     assert not (tmp_path / "run").exists()
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+MOMENTS = ["open_data_and_model", "create_optimizer", "compile_model", "the first batch", "the first update"]
+
+
+def interrupt_at(moment: str, number: int, patch: pytest.MonkeyPatch) -> None:
+    """Have this process get a signal in the middle of what `moment` names."""
+    places = {"the first batch": (train_direct, "accumulation_windows"), "the first update": (train_direct, "apply")}
+    module, name = places.get(moment, (start_up, moment))
+    real = getattr(module, name)
+
+    def interrupted(*words: object, **more: object) -> object:
+        if name != "accumulation_windows":
+            signal.raise_signal(number)
+            return real(*words, **more)
+
+        def windows() -> Iterator[object]:
+            signal.raise_signal(number)
+            yield from real(*words, **more)
+
+        return windows()
+
+    patch.setattr(module, name, interrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_before_the_first_update_ends_at_once_and_leaves_no_run(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    number: int,
+    code: int,
+) -> None:
+    interrupt_at(moment, number, monkeypatch)
+    assert train_direct.main(arguments(images, tmp_path, "run")) == code
+    shown = capsys.readouterr()
+    assert "before the first update: there is nothing to save" in shown.err.splitlines()[-1]
+    assert shown.out == "" and "Traceback" not in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["open_data_and_model", "the first batch", "the first update"])
+def test_a_signal_before_the_first_update_of_a_resume_leaves_the_run_as_it_was(
+    straight: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    real = train_direct.train_step
+
+    def stopping(parts: start_up.Parts, window: train_direct.Window) -> tuple[torch.Tensor, ...]:
+        if parts.state.step == FAULT_STEP - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(parts, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_direct, "train_step", stopping)
+        assert train_direct.main(arguments(images, tmp_path, "run")) == 143
+    checkpoints = set((tmp_path / "run" / "checkpoints").rglob("*"))
+    with monkeypatch.context() as patch:
+        interrupt_at(moment, signal.SIGINT, patch)
+        assert train_direct.main(arguments(images, tmp_path, "run", "--resume", "latest")) == 130
+    assert set((tmp_path / "run" / "checkpoints").rglob("*")) == checkpoints
+    results = results_of(tmp_path / "run")
+    assert (results["status"], results["steps"]) == ("stopped", FAULT_STEP)
+    assert not (tmp_path / "run" / "run.lock").exists()
+    assert_goes_on_as(straight, images, tmp_path / "run")
+
+
+@pytest.mark.parametrize("part", ["ema", "optimizer"])
+def test_a_state_that_is_not_finite_is_not_saved_after_a_fatal_error(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    real = train_direct.train_step
+
+    def spoiled(parts: start_up.Parts, window: train_direct.Window) -> tuple[torch.Tensor, ...]:
+        if parts.state.step == FAULT_STEP:
+            tensors = parts.state.snapshot_parts()[0][part]
+            floats = [t for t in tensors.values() if t.is_floating_point() and t.numel() > 1]
+            floats[-1].view(-1)[0] = float("nan")
+            raise MemoryError
+        return real(parts, window)
+
+    words = ("checkpoint.every_steps=4", "checkpoint.keep_last=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_direct, "train_step", spoiled)
+        assert train_direct.main(arguments(images, tmp_path, "run", *words)) == 5
+    assert f"({part}) is not finite at step {FAULT_STEP}: not saved" in caplog.text
+    # 4 and 5 (the first epoch's end and so far the best) were saved before; 5 is the newest and stays it.
+    assert newest_step(tmp_path / "run") == 5
+    assert verify_checkpoint(tmp_path / "run" / "checkpoints" / "step-000000005").step == 5
+    run(images, tmp_path, "run", *words, "--resume", "latest")
+    assert all(torch.isfinite(t).all() for t in final_state(tmp_path / "run").values() if t.is_floating_point())
+
+
+def test_an_average_that_is_no_longer_a_number_ends_as_divergence(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_direct.train_step
+
+    def spoiled(parts: start_up.Parts, window: train_direct.Window) -> tuple[torch.Tensor, ...]:
+        if parts.state.step == FAULT_STEP and parts.state.ema is not None:
+            parts.state.ema.state_dict()["pos_embed"].fill_(float("nan"))
+            parts.stop._file_seen = True  # so that no validation finds it first
+        return real(parts, window)
+
+    monkeypatch.setattr(train_direct, "train_step", spoiled)
+    assert train_direct.main(arguments(images, tmp_path, "run")) == 4
+    assert results_of(tmp_path / "run")["status"] == "diverged"
+    assert newest_step(tmp_path / "run") == 5
+
+
+def test_a_disk_that_hangs_holds_up_no_step_and_gives_up_history_out_loud(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_write, real_step = store.write_checkpoint, train_direct.train_step
+    mended, told = threading.Event(), list[str]()
+
+    def hangs(folder: Path, content: CheckpointContent) -> Path:
+        assert mended.wait(60)
+        return real_write(folder, content)
+
+    def step(parts: start_up.Parts, window: train_direct.Window) -> tuple[torch.Tensor, ...]:
+        if parts.state.step == 14:
+            mended.set()
+        return real_step(parts, window)
+
+    monkeypatch.setattr(store, "write_checkpoint", hangs)
+    monkeypatch.setattr(train_direct, "train_step", step)
+    monkeypatch.setattr(Alerts, "send", lambda _, event, *__, **values: told.append(f"{event}: {values['reason']}"))
+    run(images, tmp_path, "run", "checkpoint.keep_every=2", "checkpoint.keep_last=1")
+    saved = {int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    best = results_of(tmp_path / "run")["best"]["step"]  # type: ignore[index]
+    # One being written, two kept, the best, the newest; 14 where the disk was mended in time.
+    assert saved - {14} == {2, 4, 6, best, 15}
+    assert [line.partition(" was not saved: ")[0] for line in told if line.startswith("save failed")][:3] == [
+        f"save failed: the checkpoint of step {step}" for step in (8, 10, 12)
+    ]
 
 
 def test_a_stop_during_validation_saves_at_once_and_makes_up_for_it(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,11 +178,29 @@ def test_resume_continues_bitwise(images: Path, tmp_path: Path, accumulation: in
     assert final == again
 
 
-def test_resume_without_a_checkpoint_starts_fresh_and_says_so(
+def test_an_automatic_resume_starts_fresh_where_there_is_nothing_and_says_so(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(images, tmp_path, "fresh", "--resume", "latest", "training.num_epochs=1")
+    run(images, tmp_path, "fresh", "--resume", "auto", "training.num_epochs=1")
     assert "holds no checkpoint: starting fresh" in capsys.readouterr().err
+    run(images, tmp_path, "fresh", "--resume", "auto", "training.num_epochs=2")
+    assert results_of(tmp_path / "fresh")["steps"] == 10
+    assert "resumed from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("--resume", "latest"), ("--resume", "best"), ("checkpoint.resume=latest",)])
+@pytest.mark.parametrize("only_checking", [(), ("--validate-only",)])
+def test_a_mistyped_name_is_no_fresh_start(
+    finished: Path,
+    images: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    only_checking: tuple[str, ...],
+) -> None:
+    assert train_direct.main(arguments(images, finished.parent, "wholle", *words, *only_checking)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "did you mean run.name=whole?" in line and "--resume auto" in line
+    assert not (finished.parent / "wholle").exists()
 
 
 def test_twenty_losses_equal_their_golden(images: Path, tmp_path: Path) -> None:
@@ -255,6 +274,14 @@ def test_a_loss_that_is_no_number_ends_as_diverged(
     results = results_of(tmp_path / "nan")
     assert (results["status"], results["exit_code"]) == ("diverged", 4)
     assert "Traceback" in (tmp_path / "nan" / "train.log").read_text(encoding="utf-8")
+
+
+def test_the_room_that_checkpoints_take_is_said_at_the_start(finished: Path) -> None:
+    log = (finished / "train.log").read_text(encoding="utf-8")
+    newest = sorted((finished / "checkpoints").glob("step-*"))[-1]
+    size = sum(path.stat().st_size for path in newest.iterdir() if path.name != "rng.safetensors")
+    (said,) = re.findall(r"checkpoints take about ([\d.]+) ([kM])B each: .* for checkpoint.keep_last=3", log)
+    assert float(said[0]) * {"k": 1e3, "M": 1e6}[said[1]] == pytest.approx(size, rel=0.1)
 
 
 @pytest.mark.slow

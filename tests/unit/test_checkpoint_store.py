@@ -1,6 +1,7 @@
 """The newest good checkpoint is found, the best one is right, and nothing is deleted before its time."""
 
 import errno
+import json
 import logging
 import os
 import random
@@ -17,7 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tagger.checkpoint import format as checkpoint_format
 from tagger.checkpoint import store as checkpoint_store
 from tagger.checkpoint import writer as checkpoint_writer
-from tagger.checkpoint.format import CheckpointError, encode_state, list_checkpoints, verify_checkpoint
+from tagger.checkpoint.format import (
+    CheckpointError,
+    NotFiniteError,
+    encode_state,
+    list_checkpoints,
+    verify_checkpoint,
+)
 from tagger.checkpoint.retention import SavePolicy
 from tagger.checkpoint.store import CheckpointStore, load_checkpoint, newest_first, read_best
 from tagger.checkpoint.writer import remove_checkpoint
@@ -160,12 +167,71 @@ def test_best_is_compared_with_the_same_metric_only(tmp_path: Path, caplog: pyte
     assert record is not None and (record.metric, record.value, record.step) == ("val/loss", 30.0, 2)
 
 
+def test_values_measured_with_another_yardstick_are_not_compared_and_the_old_best_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measured_with(yardstick: str | None) -> CheckpointStore:
+        return CheckpointStore(tmp_path, SavePolicy(keep_last=1), "val/mAP", yardstick=yardstick)
+
+    commit(measured_with("old"), 1, value=0.9)
+    caplog.clear()
+    target = measured_with("new")
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "step-000000001, which stays" in record.message and "0.9000 on other held-out images" in record.message
+    assert target.best is None and weight(tmp_path, "best") == 1.0  # there is no other yet
+    for step, value in ((2, 0.3), (3, 0.5), (4, 0.4)):
+        commit(target, step, value)
+    assert target.best is not None and (target.best.step, target.best.value, target.best.yardstick) == (3, 0.5, "new")
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:09d}" for step in (1, 3, 4)]
+    again = measured_with("new")
+    commit(again, 5, 0.1)
+    assert (tmp_path / "step-000000001").exists() and again.best == target.best and weight(tmp_path, "best") == 3.0
+    back = measured_with("old")
+    loaded = back.load("best")
+    assert back.best is not None and back.best.value == 0.9 and loaded is not None and loaded.step == 1
+
+
+def test_the_best_by_another_metric_stays(tmp_path: Path) -> None:
+    commit(store(tmp_path, keep_last=1, metric="val/mAP"), 1, value=0.9)
+    target = store(tmp_path, keep_last=1, metric="val/loss")
+    for step in (2, 3, 4):
+        commit(target, step, value=float(step))
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:09d}" for step in (1, 2, 4)]
+
+
+def test_a_record_that_names_no_yardstick_is_not_believed(tmp_path: Path) -> None:
+    commit(store(tmp_path), 1, value=0.9)
+    record = tmp_path / "best.json"
+    content = json.loads(record.read_bytes())
+    del content["yardstick"]  # as programs before this one wrote it
+    record.write_text(json.dumps(content))
+    assert store(tmp_path).best is not None
+    assert CheckpointStore(tmp_path, SavePolicy(), "val/mAP", yardstick="new").best is None
+
+
 def test_a_loss_is_better_lower_and_a_score_higher(tmp_path: Path) -> None:
     for metric, expected in (("val/loss", 2), ("val/mAP", 3)):
         target = store(tmp_path / metric.replace("/", "-"), metric=metric)
         for step, value in ((1, 0.5), (2, 0.1), (3, 0.8)):
             commit(target, step, value=value)
         assert target.best is not None and target.best.step == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+def test_no_part_of_the_state_that_is_not_finite_becomes_the_newest_or_the_best(
+    tmp_path: Path, part: str, dtype: torch.dtype, bad: float
+) -> None:
+    target = store(tmp_path, keep_last=1)
+    good = {name: {"w": torch.ones(8), "steps": torch.ones(2, dtype=dtype)} for name in ("model", "ema", "optimizer")}
+    target.commit(1, good, encode_state({}), 0.5)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    broken = {**good, part: {"w": torch.ones(8), "steps": torch.tensor([1.0, bad], dtype=dtype)}}
+    with pytest.raises(NotFiniteError, match=rf"steps \({part}\) is not finite at step 2: not saved"):
+        target.commit(2, broken, encode_state({}), 0.9)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert target.newest_step == 1 and target.best is not None and target.best.step == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -308,7 +374,8 @@ def test_a_policy_that_keeps_nothing_is_refused(rule: str, value: int) -> None:
 class Retention(RuleBasedStateMachine):
     """Any order of saves, failures, crashes and restarts, against a list: newest, best and history are there, and load.
 
-    Deletions are watched: when one happens, the newest checkpoint is whole.
+    So is the best of every yardstick that scores were measured with. Deletions are watched: when one happens, the
+    newest checkpoint is whole.
     """
 
     def __init__(self) -> None:
@@ -317,7 +384,8 @@ class Retention(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(os, "fsync", lambda _: None)  # the order is held by another test
         self.patch.setattr(checkpoint_store, "remove_checkpoint", self.watched_removal)
-        self.saved: list[tuple[int, float | None]] = []
+        self.saved: list[tuple[int, float | None, str | None]] = []
+        self.yardstick: str | None = None
         self.step = 0
         self.unpruned = self.unrecorded = False
 
@@ -335,7 +403,7 @@ class Retention(RuleBasedStateMachine):
     def save(self, advance: int, value: float | None) -> None:
         self.step += advance
         commit(self.store, self.step, value)
-        self.saved.append((self.step, value))
+        self.saved.append((self.step, value, self.yardstick))
         self.unpruned = self.unrecorded = False
 
     @precondition(lambda self: self.saved)
@@ -347,7 +415,13 @@ class Retention(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         (self.folder / ".tmp-stray").mkdir(exist_ok=True)
-        self.store = CheckpointStore(self.folder, self.policy, "val/mAP")
+        self.store = CheckpointStore(self.folder, self.policy, "val/mAP", yardstick=self.yardstick)
+
+    @rule(yardstick=st.none() | st.sampled_from("ab"))
+    def measure_otherwise(self, yardstick: str | None) -> None:
+        self.yardstick = yardstick
+        self.restart()
+        self.unrecorded = True  # until the next save
 
     @rule()
     def lose_the_record_of_the_best(self) -> None:
@@ -370,7 +444,7 @@ class Retention(RuleBasedStateMachine):
             patch.setattr(CheckpointStore, "_record", lambda *_: None)
             patch.setattr(CheckpointStore, "_prune", lambda *_: None)
             commit(self.store, self.step, value)
-        self.saved.append((self.step, value))
+        self.saved.append((self.step, value, self.yardstick))
         self.restart()
         self.unpruned = self.unrecorded = True
 
@@ -382,7 +456,7 @@ class Retention(RuleBasedStateMachine):
             )
             with pytest.raises(OSError, match="full"):
                 commit(self.store, self.step, value)
-        self.saved.append((self.step, value))
+        self.saved.append((self.step, value, self.yardstick))
         self.unpruned = self.unrecorded = True  # what the record on disk still names is kept
 
     @invariant()
@@ -393,22 +467,24 @@ class Retention(RuleBasedStateMachine):
             return
         assert weight(self.folder) == float(self.saved[-1][0])
         steps: list[int] = []
-        for step, _ in reversed(self.saved):
+        for step, _, _ in reversed(self.saved):
             if step not in steps:
                 steps.append(step)
-        best: tuple[int, float] | None = None
-        for step, value in self.saved:
-            if value is not None and value == value and (best is None or value > best[1]):
-                best = (step, value)
+        bests: dict[str | None, tuple[int, float]] = {}
+        for step, value, yardstick in self.saved:
+            if value is not None and value == value and (yardstick not in bests or value > bests[yardstick][1]):
+                bests[yardstick] = (step, value)
+        best = bests.get(self.yardstick)
         every = self.policy.keep_every
         history = {step for step in steps if every is not None and step > 0 and step % every == 0}
-        kept = set(steps[: self.policy.keep_last]) | history | ({best[0]} if best else set())
+        kept = set(steps[: self.policy.keep_last]) | history | {step for step, _ in bests.values()}
         found = {verify_checkpoint(self.folder / name).step for name in names}
         assert found >= kept if self.unpruned else found == kept
         if best:
             assert self.store.best is not None and (self.store.best.step, self.store.best.value) == best
             assert self.store.best.checkpoint in names
-            assert weight(self.folder, "best") == float(best[0])
+            loaded = self.store.load("best")
+            assert loaded is not None and loaded.step == best[0]
             if not self.unrecorded:
                 assert read_best(self.folder) == self.store.best
 

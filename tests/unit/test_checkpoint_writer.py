@@ -16,7 +16,13 @@ import torch
 from tagger.checkpoint import writer as checkpoint_writer
 from tagger.checkpoint.format import CheckpointError, encode_state, list_checkpoints, verify_checkpoint
 from tagger.checkpoint.snapshot import SnapshotPool, capture_random_state, restore_random_state
-from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointContent, CheckpointWriteError, write_checkpoint
+from tagger.checkpoint.writer import (
+    MAX_KEPT_WAITING,
+    AsyncCheckpointWriter,
+    CheckpointContent,
+    CheckpointWriteError,
+    write_checkpoint,
+)
 
 LAST, BEST = frozenset({"last"}), frozenset({"last", "best"})
 
@@ -196,13 +202,31 @@ def test_submitting_never_waits_for_the_disk(writer: AsyncCheckpointWriter[int],
     assert disk.written == []
 
 
-def test_an_item_with_a_purpose_of_its_own_is_never_dropped(writer: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:
+def test_items_to_be_kept_are_not_dropped(writer: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:
     occupy(writer, disk)
-    for item in range(1, 10):
-        writer.submit(item, LAST | {f"history {item}"} if item % 3 == 0 else LAST)
+    for item in range(1, 9):
+        writer.submit(item, LAST, keep=item % 3 == 0)
     disk.gate.release(100)
     writer.flush()
-    assert disk.written == [0, 3, 6, 9] and disk.dropped == [1, 2, 4, 5, 7, 8]
+    assert disk.written == [0, 3, 6, 8] and disk.dropped == [1, 2, 4, 5, 7]
+
+
+def test_a_disk_that_hangs_holds_a_bounded_number_whatever_is_submitted(
+    writer: AsyncCheckpointWriter[int], disk: SlowDisk
+) -> None:
+    occupy(writer, disk)
+    generator = random.Random(0)
+    most = 0
+    for item in range(1, 500):
+        writer.submit(item, generator.choice([LAST, BEST]), keep=generator.random() < 0.5)
+        most = max(most, item - len(disk.dropped))
+    assert most == MAX_KEPT_WAITING + 2  # and the one that is being written
+    disk.gate.release(100)
+    writer.flush()
+    assert disk.written[-1] == 499
+    writer.submit(500, LAST, keep=True)  # there is room again
+    writer.flush()
+    assert disk.written[-1] == 500
 
 
 def test_room_is_made_before_the_newer_one_is_there(writer: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:

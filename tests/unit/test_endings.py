@@ -5,6 +5,7 @@ import errno
 import pytest
 import torch
 
+from tagger.checkpoint.format import NotFiniteError
 from tagger.checkpoint.writer import CheckpointWriteError
 from tagger.config_io import ConfigError
 from tagger.endings import diagnose
@@ -30,6 +31,16 @@ FAULTS: list[tuple[BaseException, str, int]] = [
     (ZeroDivisionError("division by zero"), "failed", 1),
     (OSError(errno.ENOENT, "No such file or directory"), "failed", 1),
 ]
+
+
+def test_a_last_state_that_is_not_finite_is_divergence_and_no_fault_of_the_disk() -> None:
+    error = CheckpointWriteError(
+        "the newest checkpoint could not be written: head.weight (ema) is not finite at step 7"
+    )
+    error.__cause__ = NotFiniteError("head.weight (ema) is not finite at step 7")
+    ending = diagnose(error)
+    assert (ending.status, ending.exit_code) == ("diverged", 4)
+    assert ending.reason and "optimizer.learning_rate" in ending.reason and "disk" not in ending.reason
 
 
 @pytest.mark.parametrize(("error", "status", "exit_code"), FAULTS, ids=[type(fault[0]).__name__ for fault in FAULTS])

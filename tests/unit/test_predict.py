@@ -243,7 +243,7 @@ def test_the_command_draws_a_sheet(tmp_path: Path, run: Path) -> None:
         (["{run}", "{tmp}"], "no images found in"),
         (["{tmp}", "{image}"], "is no run and no model"),
         (["{image}", "{image}"], "is not a folder"),
-        (["{running}", "{image}"], r"has no model yet \(interrupted, step 40\)"),
+        (["{running}", "{image}"], r"has no model yet \(killed, step 40\)"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(

@@ -12,6 +12,8 @@ from Configuration_System import FullConfig, load_config
 from dataset_loader import create_dataloaders, open_dataset
 from scripts.make_demo_dataset import make_demo_dataset
 from scripts.report_run import left_right_score, main, pick_held_out, python_command
+from tagger.config_io import save_yaml
+from tagger.run_folder import RunResults
 from vocabulary import build_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +65,18 @@ def test_the_command_shown_calls_the_python_of_the_environment(tmp_path: Path, m
     assert python_command() == str(link)
     monkeypatch.chdir(tmp_path)
     assert python_command() == ".venv/bin/python"
+
+
+def test_a_run_that_was_killed_is_summed_up_as_it_stands(
+    config: FullConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    save_yaml(config, tmp_path / "config.yaml")
+    RunResults("running", final={"val/mAP": 0.25}, steps=40).write(tmp_path / "results.json")
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"run {tmp_path.name}: killed" in shown and "kill -9" in shown and "--resume latest" in shown
+    assert "0.2500" in shown and "none yet" in shown and "scripts.predict" not in shown
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +16,20 @@ import psutil
 import pytest
 
 from tagger import run_folder
+from tagger.endings import KILLED_REASON, Status
 from tagger.errors import InputError
 from tagger.files import FormatError
 from tagger.logs import ConsoleLogHandler, RunLogHandler, log_to_console
-from tagger.run_folder import BestResult, RunFolder, RunFolderError, RunResults, code_commit, describe_run
+from tagger.run_folder import (
+    BestResult,
+    RunFolder,
+    RunFolderError,
+    RunResults,
+    code_commit,
+    describe_run,
+    read_results,
+    require_checkpoints,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = (
@@ -48,6 +59,7 @@ def test_tracebacks_go_to_the_log(tmp_path: Path) -> None:
 def test_an_existing_run_is_refused_with_its_state_and_both_ways_on(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path / "demo", resume=False) as folder:
         RunResults("completed", steps=900).write(folder.results_path)
+        (folder.checkpoints_dir / "step-000000900").mkdir(parents=True)
     (tmp_path / "demo-2").mkdir()
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
     with pytest.raises(RunFolderError) as caught:
@@ -219,12 +231,68 @@ def test_results_that_cannot_be_read_say_so_in_one_line(tmp_path: Path, content:
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_was_killed_is_described_as_interrupted(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path / "demo", resume=False) as folder:
-        RunResults("running", steps=40).write(folder.results_path)
-        assert describe_run(folder.path) == "running, step 40"
-    assert describe_run(folder.path) == "interrupted, step 40"
+RUN = (
+    "import sys, time; from pathlib import Path; from tagger.run_folder import RunFolder, RunResults\n"
+    "from tagger.stop import StopRequest\n"
+    "with StopRequest(), RunFolder.open(Path(sys.argv[1]), resume=False) as folder:\n"
+    "    RunResults('running', steps=40).write(folder.results_path); print('at work', flush=True)\n"
+    "    while True: time.sleep(0.01)"
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals to send to another process")
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM] * 2, [signal.SIGINT] * 2], ids=str)
+def test_a_process_that_was_killed_is_not_said_to_run(tmp_path: Path, signals: list[signal.Signals]) -> None:
+    path = tmp_path / "demo"
+    log = path / "train.log"
+    with subprocess.Popen([sys.executable, "-c", RUN, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline().strip() == b"at work"
+        assert read_results(path) == RunResults("running", steps=40)
+        for number in signals:
+            assert process.poll() is None
+            process.send_signal(number)
+            deadline = time.monotonic() + 10
+            while number != signal.SIGKILL and "once more to end at once" not in log.read_text(encoding="utf-8"):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert process.wait(10) == -signals[-1]
+    assert RunResults.read(path / "results.json").status == "running"  # nobody was left to write it
+    assert read_results(path) == RunResults("killed", steps=40, error=KILLED_REASON)
+    assert describe_run(path) == "killed, step 40"
+
+
+def test_a_run_of_another_host_is_believed_to_run(tmp_path: Path) -> None:
+    held_lock(tmp_path / "demo", host=f"not-{socket.gethostname()}")
+    RunResults("running", steps=40).write(tmp_path / "demo" / "results.json")
+    assert describe_run(tmp_path / "demo") == "running, step 40"
     assert describe_run(tmp_path) == "no results yet"
+
+
+@pytest.mark.parametrize("status", ["completed", "stopped", "failed", "diverged"])
+def test_how_a_run_ended_is_not_changed_by_reading(tmp_path: Path, status: Status) -> None:
+    RunResults(status, steps=40).write(tmp_path / "results.json")
+    assert read_results(tmp_path) == RunResults(status, steps=40)
+
+
+def test_nothing_to_resume_names_the_runs_that_there_are(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "iconz"
+    with pytest.raises(RunFolderError, match=r"no run .*iconz to resume; .*runs has no run with checkpoints; .*auto$"):
+        require_checkpoints(run)
+    for name in ("demo", "a", "b", "c", "d", "icons", "icons-2"):
+        (tmp_path / "runs" / name / "checkpoints" / "step-000000001").mkdir(parents=True)
+    (tmp_path / "runs" / "iconzz" / "checkpoints").mkdir(parents=True)  # nothing to resume in there
+    (tmp_path / "runs" / "notes.txt").write_text("x")
+    with pytest.raises(RunFolderError) as caught:
+        require_checkpoints(run)
+    assert str(caught.value) == (
+        f"there is no run {run} to resume; did you mean run.name=icons? {run.parent} has icons, icons-2, a, b, c and 2 "
+        "more; to start a new run of this name: --resume auto"
+    )
+    require_checkpoints(tmp_path / "runs" / "icons")
+    with pytest.raises(RunFolderError, match=r"no checkpoint to resume \(no results yet\); start it over with .*auto"):
+        require_checkpoints(tmp_path / "runs" / "iconzz")
+    with pytest.raises(RunFolderError, match=r"already exists .*; start it over with --resume auto, or start another"):
+        RunFolder.open(tmp_path / "runs" / "iconzz", resume=False)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -290,6 +290,12 @@ def test_early_stopping_resumes_for_the_same_metric_only(caplog: pytest.LogCaptu
     other = EarlyStopping(3, higher_is_better=False, metric="val/loss")
     other.load_state_dict(stopping.state_dict())
     assert other.best is None and "now val/loss instead of val/mAP" in caplog.text
+    elsewhere = EarlyStopping(3, metric="val/mAP", yardstick="other images")
+    elsewhere.load_state_dict(stopping.state_dict())
+    assert (elsewhere.best, elsewhere.bad_checks) == (None, 0) and "measured on other held-out images" in caplog.text
+    elsewhere.update(0.3)
+    again.load_state_dict(elsewhere.state_dict())
+    assert (again.best, again.bad_checks) == (0.5, 1)  # and not the other way round either
 
 
 def test_seeding_repeats_every_generator() -> None:
