@@ -27,7 +27,7 @@ from dataset_loader import open_dataset
 from tagger.command import command
 from tagger.data.shrink_build import REFUSED, BuildOptions, BuildProgress, BuildReport, build_cache, check_folder
 from tagger.data.shrink_cache import CacheError, CacheRecipe
-from tagger.options import Parser, number, output_folder, whole
+from tagger.options import OptionError, Parser, number, output_folder, whole
 
 EXAMPLE = (
     "example:\n  python -m scripts.build_cache configs/demo.yaml --folder .tagsmith/cache-448 --size 448\n"
@@ -132,7 +132,7 @@ def _build(arguments: argparse.Namespace, console: Console) -> tuple[BuildReport
         raise CacheError("no folder for the cache; give --folder, for example --folder .tagsmith/cache")
     try:
         output_folder(str(folder))
-    except argparse.ArgumentTypeError as error:
+    except OptionError as error:
         raise CacheError(f"data.cache_dir: {error}") from error
     options = _options(config, arguments)
     check_folder(folder, options, [Path(root) for root in config.data.roots])

@@ -22,7 +22,7 @@ from tagger.data.index import open_index
 from tagger.data.near_duplicates import MAX_BITS
 from tagger.data.survey import Distribution, Survey, survey
 from tagger.errors import InputError
-from tagger.options import Parser, input_file, number, output_file, whole
+from tagger.options import OptionError, Parser, input_file, number, output_file, whole
 from tagger.output import reader_may_leave
 from vocabulary import DEFAULT_INDEX_DIR
 
@@ -134,7 +134,7 @@ def _page(options: argparse.Namespace) -> Path | None:
         return Path(options.output)
     try:
         return output_file(str(DEFAULT_PAGE))
-    except argparse.ArgumentTypeError as error:
+    except OptionError as error:
         raise InputError(f"the page: {error}, with --output FILE; --no-page is for none") from error
 
 

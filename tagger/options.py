@@ -11,9 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from tagger.errors import InputError
 from tagger.files import refusal_to_write
 
 _LARGEST = 2**31 - 1
+
+
+class OptionError(argparse.ArgumentTypeError, InputError):
+    """What was given for an option is of no use; the message is one line. The parser names the option."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +39,7 @@ def whole(least: int = 1, most: int = _LARGEST) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number in {least}..{most}")
+            raise OptionError(f"{text[:40]} is not a whole number in {least}..{most}")
         return value
 
     return parse
@@ -50,7 +55,7 @@ def number(above: float = 0.0, most: float = 1e12, *, least: float | None = None
             value = math.nan
         if not ((value > above if least is None else value >= least) and value <= most):
             low = f"above {above:g}" if least is None else f"from {least:g}"
-            raise argparse.ArgumentTypeError(f"{text[:40]} is not a number {low} up to {most:g}")
+            raise OptionError(f"{text[:40]} is not a number {low} up to {most:g}")
         return value
 
     return parse
@@ -71,9 +76,9 @@ def output_file(text: str) -> Path:
     path = Path(text)
     found = _stat(path)
     if not path.name or (found is not None and stat.S_ISDIR(found.st_mode)):
-        raise argparse.ArgumentTypeError(f"{text or 'nothing'} is a folder; name a file")
+        raise OptionError(f"{text or 'nothing'} is a folder; name a file")
     if found is not None and not os.access(path, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: Permission denied; name another file")
+        raise OptionError(f"cannot write {text}: Permission denied; name another file")
     _try_to_write(path, path.absolute().parent)
     return path
 
@@ -81,7 +86,7 @@ def output_file(text: str) -> Path:
 def output_folder(text: str) -> Path:
     """A folder that can be written, or made."""
     if not text:
-        raise argparse.ArgumentTypeError("the name is empty; name a folder")
+        raise OptionError("the name is empty; name a folder")
     path = Path(text)
     _stat(path)
     _try_to_write(path, path.absolute())
@@ -93,11 +98,11 @@ def _readable(text: str, *, folder: bool) -> Path:
     found = _stat(path)
     kind = "folder" if folder else "file"
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text} does not exist (looked in {Path.cwd()})")
+        raise OptionError(f"{text} does not exist (looked in {Path.cwd()})")
     if stat.S_ISDIR(found.st_mode) != folder:
-        raise argparse.ArgumentTypeError(f"{text} is not a {kind}; name a {kind}")
+        raise OptionError(f"{text} is not a {kind}; name a {kind}")
     if not os.access(path, os.R_OK | (os.X_OK if folder else 0)):
-        raise argparse.ArgumentTypeError(f"{text} may not be read by this user; change its permissions")
+        raise OptionError(f"{text} may not be read by this user; change its permissions")
     return path
 
 
@@ -108,12 +113,10 @@ def _stat(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"cannot use {str(path)[:200]}: {error.strerror}; name another place"
-        ) from error
+        raise OptionError(f"cannot use {str(path)[:200]}: {error.strerror}; name another place") from error
 
 
 def _try_to_write(named: Path, folder: Path) -> None:
     reason = refusal_to_write(folder)
     if reason is not None:
-        raise argparse.ArgumentTypeError(f"cannot write {named}: {reason}; name another place")
+        raise OptionError(f"cannot write {named}: {reason}; name another place")
