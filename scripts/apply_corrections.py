@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TextIO
 
 from Configuration_System import FullConfig, load_config
+from tagger.command import command
 from tagger.data.correction_log import CorrectionLog, locked_log
 from tagger.data.corrections import lay_over
 from tagger.data.index import MetadataIndex, open_index
 from tagger.errors import InputError
 from tagger.mending import MendingPlan, carry_out, describe, plan_mending, read_accepted, undo
+from tagger.options import Parser, input_file, number
 from tagger.output import reader_may_leave
 from vocabulary import TagVocabulary
 
@@ -140,19 +142,22 @@ def _act(options: argparse.Namespace) -> None:
         undo_some(log, options.undo, options.dry_run)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m scripts.apply_corrections",
         description="Carry out accepted lines of suspects.jsonl; reversible.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("suspects", nargs="?", type=Path, help='lines with "accept": true are carried out')
+    parser.add_argument("suspects", nargs="?", type=input_file, help='lines with "accept": true are carried out')
     parser.add_argument("--run", type=Path, metavar="DIR", help="run whose data set it is (default: the file's folder)")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="default: the run's data.corrections_file")
     parser.add_argument("--accept-all", action="store_true", help='every line but those with "accept": false')
     parser.add_argument(
-        "--accept-all-above", type=float, metavar="STRENGTH", help="every line of at least that strength"
+        "--accept-all-above",
+        type=number(least=-1e6, most=1e6),
+        metavar="STRENGTH",
+        help="every line of at least that strength",
     )
     parser.add_argument("--new-tags", action="store_true", help="add tags that no image of the data set has")
     parser.add_argument("--even-if-changed", action="store_true", help="also where a sidecar has changed since")
@@ -164,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command("what is in the journal stays, and can be undone")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives the exit code: 0 done, 2 bad input."""
     parser = _parser()
@@ -171,12 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if sum([options.suspects is not None, options.list, options.undo is not None]) != 1:
         parser.error("give a file of suspects, or --list, or --undo")
-    try:
-        with reader_may_leave():
-            _act(options)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with reader_may_leave():
+        _act(options)
     return 0
 
 

@@ -30,8 +30,11 @@ from rich.table import Table
 from torch import Tensor
 
 from evaluation_metrics import MetricComputer
+from tagger.command import command
+from tagger.errors import InputError
 from tagger.metrics.reference import reference_average_precision
 from tagger.metrics.store import COUNTED_TOGETHER, SAMPLE_SIZE, TABLES_AT_A_TIME, histogram_bytes, stored_bytes
+from tagger.options import Parser, whole
 
 IMAGES, TAGS, BATCH = 50_000, 5_000, 256
 LARGE_IMAGES, LARGE_TAGS = 300_000, 20_000
@@ -228,16 +231,16 @@ def rounding_difference(rows: int = 10_000, tags: int = 100) -> tuple[float, flo
     return float(np.nanmean(difference)), float(np.nanmax(difference))
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the figures; exits with 1 where a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=IMAGES, help="images of the comparison (default: %(default)s)")
-    parser.add_argument("--tags", type=int, default=TAGS, help="tags of the comparison (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch, both sides (default: %(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=whole(), default=IMAGES, help="images (default: %(default)s)")
+    parser.add_argument("--tags", type=whole(), default=TAGS, help="tags (default: %(default)s)")
+    parser.add_argument("--threads", type=whole(), default=2, help="threads of torch (default: %(default)s)")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("torchmetrics") is None:
-        print("error: torchmetrics is not installed; for this benchmark: pip install torchmetrics", file=sys.stderr)
-        return 2
+        raise InputError("torchmetrics is not installed; for this benchmark: pip install torchmetrics")
     torch.set_num_threads(options.threads)
     times = measure_times(options.images, options.tags)
     own_peak = peak_bytes(score_ours, options.images, options.tags)
