@@ -17,21 +17,25 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from Configuration_System import FullConfig, check_paths, load_config
-from dataset_loader import DataLoader, create_dataloaders, open_dataset
+from dataset_loader import DataLoader, create_dataloaders, create_part_loader, open_dataset
 from evaluation_metrics import MetricComputer, MetricResult
 from loss_functions import MultiTaskLoss, TagLoss, create_loss
 from model_architecture import SimplifiedTagger, create_model
 from tagger.artifact import load_artifact
 from tagger.batch import Batch
 from tagger.command import command
+from tagger.data.split import Part
 from tagger.errors import InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
+from tagger.metrics.thresholds import TagThresholds, ThresholdGoal, fit_thresholds
+from tagger.module_state import load_tensors, named_tensors
 from tagger.options import Parser, output_file, whole
 from tagger.output import reader_may_leave
 from tagger.suspects import Suspects, write_suspects
@@ -61,6 +65,7 @@ class Evaluation:
     scalars: Mapping[str, float]
     metrics: MetricResult
     samples: Samples
+    computer: MetricComputer
 
 
 class Collector(Protocol):
@@ -84,16 +89,18 @@ def evaluate(
     *,
     num_tags: int,
     threshold: float,
+    logit_thresholds: NDArray[np.float64] | None = None,
     num_samples: int = 0,
     collectors: Sequence[Collector] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score `model` on every batch of `loader`; the model's training mode is put back afterwards.
 
-    `val/loss` is the criterion summed over tags, averaged over images. Raises DivergedError when a logit is NaN,
-    EvaluationStopped when `stop`, asked before each batch, says so.
+    F1 is at `threshold`, a probability, or at each tag's own of `logit_thresholds`, [C]. `val/loss` is the criterion
+    summed over tags, averaged over images. Raises DivergedError when a logit is NaN, EvaluationStopped when `stop`,
+    asked before each batch, says so.
     """
-    computer = MetricComputer(num_tags, threshold)
+    computer = MetricComputer(num_tags, threshold, logit_thresholds=logit_thresholds)
     total = torch.zeros((), dtype=torch.float64)
     collected: list[_Sample] = []
     was_training = model.training
@@ -123,7 +130,7 @@ def evaluate(
         "val/f1_micro": metrics["f1_micro"],
         "val/loss": float(total) / metrics["num_images"],
     }
-    return Evaluation(scalars, metrics, _join_samples(collected))
+    return Evaluation(scalars, metrics, _join_samples(collected), computer)
 
 
 class _Sample(NamedTuple):
@@ -190,6 +197,48 @@ def open_data_and_model(
         tag_priors=torch.from_numpy(tag_shares(index, vocabulary, ontology)).float(),
     )
     return vocabulary, train, validation, model
+
+
+def fit_model_thresholds(
+    config: FullConfig,
+    folder: Path,
+    model: nn.Module,
+    beside: DataLoader,
+    stop: Callable[[], bool] = lambda: False,
+) -> TagThresholds:
+    """Thresholds for the model in `folder`, from its scores of the calibration images and as `validation` asks for.
+
+    `model`, on its device, is given that model's weights; `beside` is a loader of the run's images. Raises InputError
+    without calibration images and for a model of another vocabulary, EvaluationStopped when `stop` says so.
+    """
+    artifact, vocabulary, section = load_artifact(folder), beside.dataset.vocabulary, config.validation
+    if artifact.vocabulary_sha256 != vocabulary.sha256:
+        raise InputError(f"{folder} is of another vocabulary than its run; they do not belong together")
+    calibration = create_part_loader(beside, Part.CALIB)
+    assert calibration.split is not None
+    load_tensors(named_tensors(model), artifact.weights, f"the weights in {folder}")
+    device = next(model.parameters()).device
+    try:
+        evaluation = evaluate(
+            model,
+            calibration,
+            build_criterion(config, vocabulary).to(device),
+            MixedPrecisionTrainer(config.training.mixed_precision, device),
+            device,
+            num_tags=len(vocabulary),
+            threshold=section.threshold,
+            stop=stop,
+        )
+    finally:
+        calibration.close()
+    return fit_thresholds(
+        evaluation.computer,
+        calibration.split,
+        vocabulary.counts,
+        ThresholdGoal(section.threshold_objective, section.threshold_precision, section.threshold_tags_per_image),
+        weights_sha256=artifact.weights_sha256,
+        vocabulary_sha256=artifact.vocabulary_sha256,
+    )
 
 
 def report(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> dict[str, object]:
