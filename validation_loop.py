@@ -11,7 +11,7 @@ if __name__ == "__main__":
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -34,7 +34,14 @@ from tagger.data.split import Part
 from tagger.errors import InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
-from tagger.metrics.thresholds import TagThresholds, ThresholdGoal, fit_thresholds
+from tagger.metrics.thresholds import (
+    Decisions,
+    LeakError,
+    TagThresholds,
+    ThresholdGoal,
+    decide,
+    fit_thresholds,
+)
 from tagger.module_state import load_tensors, named_tensors
 from tagger.options import Parser, output_file, whole
 from tagger.output import reader_may_leave
@@ -60,12 +67,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over the held-out images gives; `scalars` are the values that are logged."""
+    """What one pass over the held-out images gives; `scalars` are the values that are logged.
+
+    fitted: the model's own thresholds, where it has some, and what they decide about the same images.
+    """
 
     scalars: Mapping[str, float]
     metrics: MetricResult
     samples: Samples
     computer: MetricComputer
+    fitted: tuple[TagThresholds, Decisions] | None = None
 
 
 class Collector(Protocol):
@@ -255,8 +266,18 @@ def report(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> d
         "vocabulary_sha256": vocabulary.sha256,
         "threshold": evaluation.metrics["threshold"],
         **evaluation.scalars,
+        "fitted_thresholds": None if evaluation.fitted is None else _fitted_json(*evaluation.fitted),
         **counts,
         "tags": tags,
+    }
+
+
+def _fitted_json(thresholds: TagThresholds, decisions: Decisions) -> dict[str, object]:
+    return {
+        "objective": thresholds.goal.describe(),
+        "calib_sha256": thresholds.calib_sha256,
+        "calib_images": thresholds.num_images,
+        **decisions.to_json(),
     }
 
 
@@ -271,6 +292,13 @@ def as_table(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) ->
     at = f"at threshold {metrics['threshold']:g}"
     table.add_row("val/f1_macro", f"{scalars['val/f1_macro']:.4f}", f"{left_out}, {at}")
     table.add_row("val/f1_micro", f"{scalars['val/f1_micro']:.4f}", f"all decisions, {at}")
+    if evaluation.fitted is not None:
+        thresholds, decisions = evaluation.fitted
+        own = f"at the tags' own thresholds ({thresholds.goal.describe()})"
+        table.add_row("f1_macro", f"{decisions.f1_macro:.4f}", f"{decisions.num_counted} tags, {own}")
+        table.add_row("f1_micro", f"{decisions.f1_micro:.4f}", f"all decisions, {own}")
+        given = f"where {metrics['tags_per_image']:.2f} are true, {own}"
+        table.add_row("tags an image", f"{decisions.tags_per_image:.2f}", given)
     table.add_row("val/loss", f"{scalars['val/loss']:.4f}", "sum over tags, mean over images")
     precision = metrics["average_precision"].numpy()
     weakest = [i for i in np.argsort(precision, kind="stable") if not np.isnan(precision[i])][:5]
@@ -289,9 +317,11 @@ def evaluate_weights(
     vocabulary, _, validation, model = open_data_and_model(config, run / "vocabulary.json")
     found: str | None
     tensors: Mapping[str, Tensor]
+    thresholds: TagThresholds | None = None
     if checkpoint is None:
         artifact = load_artifact(run / "model")
         found, tensors, name = artifact.vocabulary_sha256, artifact.weights, str(run / "model")
+        thresholds = artifact.thresholds
     else:
         weights = load_weights(checkpoint, prefer_ema=use_ema)
         found, tensors, name = weights.vocabulary_sha256, weights.tensors, f"{checkpoint} ({weights.kind} weights)"
@@ -314,7 +344,21 @@ def evaluate_weights(
         facts = {"weights": name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
         index = validation.dataset.index
         write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, facts)
-    return evaluation, vocabulary, name
+    return _with_thresholds(evaluation, thresholds, validation, name), vocabulary, name
+
+
+def _with_thresholds(
+    evaluation: Evaluation, thresholds: TagThresholds | None, loader: DataLoader, name: str
+) -> Evaluation:
+    """With what a model's own thresholds decide, unless their fit may have seen the images."""
+    if thresholds is None or loader.split is None:
+        return evaluation
+    try:
+        thresholds.require_split(f"the thresholds of {name}", loader.split)
+    except LeakError as error:
+        logger.warning("F1 is at one threshold only: %s", error)
+        return evaluation
+    return replace(evaluation, fitted=(thresholds, decide(evaluation.computer, thresholds.logits)))
 
 
 def _parser() -> Parser:
