@@ -469,11 +469,9 @@ def changed_settings(saved: Path, config: FullConfig) -> list[str]:
 
 def split_changes(saved: Path, config: FullConfig) -> list[str]:
     """Of `changed_settings` those that give images another part: what was trained on would be held out now."""
-    keys = (
-        "val_list val_fraction calib_fraction test_fraction stratified_split group_near_duplicates near_duplicate_bits"
-    )
-    names = {f"data.{key}" for key in keys.split()}
-    return [change for change in changed_settings(saved, config) if change.partition(":")[0] in names]
+    names = ("val_list", "val_fraction", "calib_fraction", "test_fraction", "stratified_split", "group_near_duplicates")
+    moving = {f"data.{name}" for name in (*names, "near_duplicate_bits")}
+    return [change for change in changed_settings(saved, config) if change.partition(":")[0] in moving]
 
 
 @command()

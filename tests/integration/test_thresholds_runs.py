@@ -120,7 +120,7 @@ def test_without_calibration_images_it_says_what_to_set(
     assert "hold out data.calib_fraction=0.05" in (folder / "train.log").read_text(encoding="utf-8")
     capsys.readouterr()
     assert fit_thresholds.main(["--run", str(folder)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: no image is held out for calibration; set data.calib_fraction")
 
 
@@ -131,7 +131,7 @@ def test_calibration_images_that_were_trained_on_are_refused(
     folder = run(images, tmp_path, "plain", "training.num_epochs=1")
     capsys.readouterr()
     assert fit_thresholds.main(["--run", str(folder), "data.calib_fraction=0.2"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: data.calib_fraction: 0.0 -> 0.2: the images to fit thresholds on would be among")
     words = ("training.num_epochs=2", "data.calib_fraction=0.2", "--resume", "latest")
     assert train_direct.main(arguments(images, tmp_path, "plain", *words)) == 2
