@@ -23,7 +23,7 @@ from Configuration_System import FullConfig, check_paths, load_config
 from schedulers import apply
 from start_up import Parts, build, check
 from tagger.alerts import Alerts
-from tagger.artifact import TagRow, save_artifact
+from tagger.artifact import TagRow, attach_thresholds, save_artifact
 from tagger.cadence import due
 from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
@@ -36,7 +36,7 @@ from tagger.rng import mix
 from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit, require_checkpoints
 from tagger.stop import StoppedEarly, StopRequest
 from training_utils import load_weights
-from validation_loop import Evaluation, EvaluationStopped, evaluate
+from validation_loop import Evaluation, EvaluationStopped, evaluate, fit_model_thresholds
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +247,26 @@ def write_model(parts: Parts) -> None:
         },
     )
     logger.info("model/ holds the %s weights of step %d: %s %.4f", weights.kind, best.step, best.metric, best.value)
+    fit_thresholds(parts)
+
+
+def fit_thresholds(parts: Parts) -> None:
+    """Give `model/` a threshold for each tag, where calibration images were held out."""
+    config, folder = parts.config, parts.folder.model_dir
+    if not config.data.calib_fraction:
+        at = config.validation.threshold
+        logger.info("all tags have the threshold %g; hold out data.calib_fraction=0.05 to fit each tag's own", at)
+        return
+    try:
+        thresholds = fit_model_thresholds(
+            config, folder, parts.model, parts.validation_loader, lambda: parts.stop.requested
+        )
+    except EvaluationStopped:
+        again = f"python -m scripts.fit_thresholds --run {parts.folder.path}"
+        logger.warning("no thresholds were fitted, for want of time: %s", again)
+        return
+    attach_thresholds(folder, thresholds)
+    logger.info("%s", thresholds.summary())
 
 
 def run(config: FullConfig) -> int:

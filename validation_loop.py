@@ -11,27 +11,38 @@ if __name__ == "__main__":
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from Configuration_System import FullConfig, check_paths, load_config
-from dataset_loader import DataLoader, create_dataloaders, open_dataset
+from dataset_loader import DataLoader, create_dataloaders, create_part_loader, open_dataset
 from evaluation_metrics import MetricComputer, MetricResult
 from loss_functions import MultiTaskLoss, TagLoss, create_loss
 from model_architecture import SimplifiedTagger, create_model
 from tagger.artifact import load_artifact
 from tagger.batch import Batch
 from tagger.command import command
+from tagger.data.split import Part
 from tagger.errors import InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
+from tagger.metrics.thresholds import (
+    Decisions,
+    LeakError,
+    TagThresholds,
+    ThresholdGoal,
+    decide,
+    fit_thresholds,
+)
+from tagger.module_state import load_tensors, named_tensors
 from tagger.options import Parser, output_file, whole
 from tagger.output import reader_may_leave
 from tagger.suspects import Suspects, write_suspects
@@ -56,11 +67,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over the held-out images gives; `scalars` are the values that are logged."""
+    """What one pass over the held-out images gives; `scalars` are the values that are logged.
+
+    fitted: the model's own thresholds, where it has some, and what they decide about the same images.
+    """
 
     scalars: Mapping[str, float]
     metrics: MetricResult
     samples: Samples
+    computer: MetricComputer
+    fitted: tuple[TagThresholds, Decisions] | None = None
 
 
 class Collector(Protocol):
@@ -84,16 +100,18 @@ def evaluate(
     *,
     num_tags: int,
     threshold: float,
+    logit_thresholds: NDArray[np.float64] | None = None,
     num_samples: int = 0,
     collectors: Sequence[Collector] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score `model` on every batch of `loader`; the model's training mode is put back afterwards.
 
-    `val/loss` is the criterion summed over tags, averaged over images. Raises DivergedError when a logit is NaN,
-    EvaluationStopped when `stop`, asked before each batch, says so.
+    F1 is at `threshold`, a probability, or at each tag's own of `logit_thresholds`, [C]. `val/loss` is the criterion
+    summed over tags, averaged over images. Raises DivergedError when a logit is NaN, EvaluationStopped when `stop`,
+    asked before each batch, says so.
     """
-    computer = MetricComputer(num_tags, threshold)
+    computer = MetricComputer(num_tags, threshold, logit_thresholds=logit_thresholds)
     total = torch.zeros((), dtype=torch.float64)
     collected: list[_Sample] = []
     was_training = model.training
@@ -123,7 +141,7 @@ def evaluate(
         "val/f1_micro": metrics["f1_micro"],
         "val/loss": float(total) / metrics["num_images"],
     }
-    return Evaluation(scalars, metrics, _join_samples(collected))
+    return Evaluation(scalars, metrics, _join_samples(collected), computer)
 
 
 class _Sample(NamedTuple):
@@ -192,6 +210,48 @@ def open_data_and_model(
     return vocabulary, train, validation, model
 
 
+def fit_model_thresholds(
+    config: FullConfig,
+    folder: Path,
+    model: nn.Module,
+    beside: DataLoader,
+    stop: Callable[[], bool] = lambda: False,
+) -> TagThresholds:
+    """Thresholds for the model in `folder`, from its scores of the calibration images and as `validation` asks for.
+
+    `model`, on its device, is given that model's weights; `beside` is a loader of the run's images. Raises InputError
+    without calibration images and for a model of another vocabulary, EvaluationStopped when `stop` says so.
+    """
+    artifact, vocabulary, section = load_artifact(folder), beside.dataset.vocabulary, config.validation
+    if artifact.vocabulary_sha256 != vocabulary.sha256:
+        raise InputError(f"{folder} is of another vocabulary than its run; they do not belong together")
+    calibration = create_part_loader(beside, Part.CALIB)
+    assert calibration.split is not None
+    load_tensors(named_tensors(model), artifact.weights, f"the weights in {folder}")
+    device = next(model.parameters()).device
+    try:
+        evaluation = evaluate(
+            model,
+            calibration,
+            build_criterion(config, vocabulary).to(device),
+            MixedPrecisionTrainer(config.training.mixed_precision, device),
+            device,
+            num_tags=len(vocabulary),
+            threshold=section.threshold,
+            stop=stop,
+        )
+    finally:
+        calibration.close()
+    return fit_thresholds(
+        evaluation.computer,
+        calibration.split,
+        vocabulary.counts,
+        ThresholdGoal(section.threshold_objective, section.threshold_precision, section.threshold_tags_per_image),
+        weights_sha256=artifact.weights_sha256,
+        vocabulary_sha256=artifact.vocabulary_sha256,
+    )
+
+
 def report(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> dict[str, object]:
     """The content of `evaluation.json`: the scalars, what each average covers, and every tag's average precision."""
     counts = {k: v for k, v in evaluation.metrics.items() if k.startswith("num_")}
@@ -206,8 +266,18 @@ def report(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> d
         "vocabulary_sha256": vocabulary.sha256,
         "threshold": evaluation.metrics["threshold"],
         **evaluation.scalars,
+        "fitted_thresholds": None if evaluation.fitted is None else _fitted_json(*evaluation.fitted),
         **counts,
         "tags": tags,
+    }
+
+
+def _fitted_json(thresholds: TagThresholds, decisions: Decisions) -> dict[str, object]:
+    return {
+        "objective": thresholds.goal.describe(),
+        "calib_sha256": thresholds.calib_sha256,
+        "calib_images": thresholds.num_images,
+        **decisions.to_json(),
     }
 
 
@@ -222,6 +292,13 @@ def as_table(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) ->
     at = f"at threshold {metrics['threshold']:g}"
     table.add_row("val/f1_macro", f"{scalars['val/f1_macro']:.4f}", f"{left_out}, {at}")
     table.add_row("val/f1_micro", f"{scalars['val/f1_micro']:.4f}", f"all decisions, {at}")
+    if evaluation.fitted is not None:
+        thresholds, decisions = evaluation.fitted
+        own = f"at the tags' own thresholds ({thresholds.goal.describe()})"
+        table.add_row("f1_macro", f"{decisions.f1_macro:.4f}", f"{decisions.num_counted} tags, {own}")
+        table.add_row("f1_micro", f"{decisions.f1_micro:.4f}", f"all decisions, {own}")
+        given = f"where {metrics['tags_per_image']:.2f} are true, {own}"
+        table.add_row("tags an image", f"{decisions.tags_per_image:.2f}", given)
     table.add_row("val/loss", f"{scalars['val/loss']:.4f}", "sum over tags, mean over images")
     precision = metrics["average_precision"].numpy()
     weakest = [i for i in np.argsort(precision, kind="stable") if not np.isnan(precision[i])][:5]
@@ -240,9 +317,11 @@ def evaluate_weights(
     vocabulary, _, validation, model = open_data_and_model(config, run / "vocabulary.json")
     found: str | None
     tensors: Mapping[str, Tensor]
+    thresholds: TagThresholds | None = None
     if checkpoint is None:
         artifact = load_artifact(run / "model")
         found, tensors, name = artifact.vocabulary_sha256, artifact.weights, str(run / "model")
+        thresholds = artifact.thresholds
     else:
         weights = load_weights(checkpoint, prefer_ema=use_ema)
         found, tensors, name = weights.vocabulary_sha256, weights.tensors, f"{checkpoint} ({weights.kind} weights)"
@@ -265,7 +344,21 @@ def evaluate_weights(
         facts = {"weights": name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
         index = validation.dataset.index
         write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, facts)
-    return evaluation, vocabulary, name
+    return _with_thresholds(evaluation, thresholds, validation, name), vocabulary, name
+
+
+def _with_thresholds(
+    evaluation: Evaluation, thresholds: TagThresholds | None, loader: DataLoader, name: str
+) -> Evaluation:
+    """With what a model's own thresholds decide, unless their fit may have seen the images."""
+    if thresholds is None or loader.split is None:
+        return evaluation
+    try:
+        thresholds.require_split(f"the thresholds of {name}", loader.split)
+    except LeakError as error:
+        logger.warning("F1 is at one threshold only: %s", error)
+        return evaluation
+    return replace(evaluation, fitted=(thresholds, decide(evaluation.computer, thresholds.logits)))
 
 
 def _parser() -> Parser:
