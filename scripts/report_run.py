@@ -28,7 +28,7 @@ from tagger.record import Record
 from tagger.run_folder import model_dir, read_results
 from training_utils import resolve_device
 
-EVALUATION_FORMAT_VERSION = 1
+EVALUATION_FORMAT_VERSION = 2
 
 
 def pick_held_out(config: FullConfig, count: int) -> list[Record]:
