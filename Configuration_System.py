@@ -467,6 +467,13 @@ def changed_settings(saved: Path, config: FullConfig) -> list[str]:
     return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
 
 
+def split_changes(saved: Path, config: FullConfig) -> list[str]:
+    """Of `changed_settings` those that give images another part: what was trained on would be held out now."""
+    names = ("val_list", "val_fraction", "calib_fraction", "test_fraction", "stratified_split", "group_near_duplicates")
+    moving = {f"data.{name}" for name in (*names, "near_duplicate_bits")}
+    return [change for change in changed_settings(saved, config) if change.partition(":")[0] in moving]
+
+
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 when the configuration is good, 2 with one line on stderr when it is not."""

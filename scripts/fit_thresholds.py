@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from Configuration_System import check_paths, load_config
+from Configuration_System import check_paths, load_config, split_changes
 from tagger.artifact import attach_thresholds
 from tagger.artifact.store import THRESHOLDS_FILE
 from tagger.command import command
@@ -46,6 +46,11 @@ def fit(run: Path, overrides: Sequence[str], output: Path | None) -> TagThreshol
         raise InputError(f"run {run} has no model yet ({describe_run(run)}); it is written when training ends")
     config = load_config(run / "config.yaml", overrides, environment={})
     check_paths(config)
+    if moved := split_changes(run / "config.yaml", config):
+        raise InputError(
+            f"{moved[0]}: the images to fit thresholds on would be among those that {run} was trained on; leave the "
+            "split as it is, or train a new run with it"
+        )
     try:
         lock = FolderLock(lock_path(run))
     except LockedError as error:

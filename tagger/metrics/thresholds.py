@@ -106,6 +106,11 @@ class Decisions:
     num_images: int
 
     @property
+    def num_counted(self) -> int:
+        """Tags that are present or predicted."""
+        return int((self.predicted + self.present > 0).sum())
+
+    @property
     def f1_macro(self) -> float:
         """Mean F1 over the tags that are present or predicted; NaN over none."""
         both = self.predicted + self.present
