@@ -8,10 +8,13 @@ if __name__ == "__main__":
 
     start_quietly()  # importing torch takes seconds
 
+import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,11 +32,16 @@ from model_architecture import SimplifiedTagger, create_model
 from tagger.artifact import load_artifact
 from tagger.batch import Batch
 from tagger.command import command
+from tagger.data.scan import printable
+from tagger.data.split import Part
 from tagger.errors import InputError
 from tagger.files import write_json
 from tagger.logs import log_to_console
-from tagger.options import Parser, output_file, whole
+from tagger.ontology import relate
+from tagger.options import Parser, output_file, output_folder, whole
 from tagger.output import reader_may_leave
+from tagger.report import require_libraries
+from tagger.report.collect import ReportCollector
 from tagger.suspects import Suspects, write_suspects
 from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
 from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_shares
@@ -41,7 +49,9 @@ from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+EVALUATION_FILE = "evaluation.json"
 SUSPECTS_FILE = "suspects.jsonl"
+REPORT_FILE = "report.html"
 Criterion = TagLoss | MultiTaskLoss
 
 
@@ -56,11 +66,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over the held-out images gives; `scalars` are the values that are logged."""
+    """What one pass over the held-out images gives; `scalars` are the values that are logged, `computer` the counts."""
 
     scalars: Mapping[str, float]
     metrics: MetricResult
     samples: Samples
+    computer: MetricComputer
 
 
 class Collector(Protocol):
@@ -123,7 +134,7 @@ def evaluate(
         "val/f1_micro": metrics["f1_micro"],
         "val/loss": float(total) / metrics["num_images"],
     }
-    return Evaluation(scalars, metrics, _join_samples(collected))
+    return Evaluation(scalars, metrics, _join_samples(collected), computer)
 
 
 class _Sample(NamedTuple):
@@ -231,11 +242,19 @@ def as_table(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) ->
 
 
 def evaluate_weights(
-    config: FullConfig, run: Path, checkpoint: Path | None, use_ema: bool, num_suspects: int = 0
+    config: FullConfig,
+    run: Path,
+    checkpoint: Path | None,
+    use_ema: bool,
+    num_suspects: int = 0,
+    *,
+    page: Path | None = None,
+    plots: Path | None = None,
 ) -> tuple[Evaluation, TagVocabulary, str]:
     """Score a checkpoint of a run, or the run's model where `checkpoint` is None, and name what was scored.
 
-    With `num_suspects`, that many labels which are probably wrong go to `suspects.jsonl` in the run.
+    With `num_suspects`, that many labels which are probably wrong go to `suspects.jsonl` in the run. `page`: a
+    report as HTML; `plots`: a folder for its plots.
     """
     vocabulary, _, validation, model = open_data_and_model(config, run / "vocabulary.json")
     found: str | None
@@ -251,6 +270,7 @@ def evaluate_weights(
     model.load_state_dict(tensors)
     device = resolve_device(config.training.device)
     suspects = Suspects(len(vocabulary), num_suspects) if num_suspects else None
+    report_of = None if page is None and plots is None else _report_collector(config, validation, page, plots)
     evaluation = evaluate(
         model.to(device),
         validation,
@@ -259,13 +279,53 @@ def evaluate_weights(
         device,
         num_tags=len(vocabulary),
         threshold=config.validation.threshold,
-        collectors=() if suspects is None else (suspects,),
+        collectors=[collector for collector in (suspects, report_of) if collector is not None],
     )
     if suspects is not None:
         facts = {"weights": name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
         index = validation.dataset.index
         write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, facts)
+    if report_of is not None:
+        _write_report(report_of, evaluation, validation, run, name)
     return evaluation, vocabulary, name
+
+
+def _report_collector(
+    config: FullConfig, validation: DataLoader, page: Path | None, plots: Path | None
+) -> ReportCollector:
+    dataset, split, vocabulary = validation.dataset, validation.split, validation.dataset.vocabulary
+    assert split is not None
+    return ReportCollector(
+        page,
+        plots,
+        names=vocabulary.tags,
+        categories=vocabulary.categories,
+        training_counts=dataset.table.count(split.training_rows),
+        num_training_images=len(split.training_rows),
+        logit_thresholds=math.log(config.validation.threshold) - math.log1p(-config.validation.threshold),
+        relations=None if dataset.ontology is None else relate(dataset.ontology, vocabulary.tags),
+    )
+
+
+def _write_report(
+    report_of: ReportCollector, evaluation: Evaluation, validation: DataLoader, run: Path, weights: str
+) -> None:
+    index, split, vocabulary = validation.dataset.index, validation.split, validation.dataset.vocabulary
+    assert split is not None
+    report_of.write(
+        evaluation.computer,
+        title=f"Evaluation of {run.resolve().name}",
+        facts={
+            "weights": weights,
+            "images": f"{evaluation.metrics['num_images']:,} of the {Part.VAL.purpose} part "
+            f"(its hash: {split.part_sha256(Part.VAL)[:12]})",
+            "trained on": f"{len(split.training_rows):,} images",
+            "vocabulary": f"{len(vocabulary):,} tags (hash: {vocabulary.sha256[:12]})",
+            "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        },
+        describe_image=lambda row: (printable(index.image_path(row)), index.rating(row)),
+        everything_in=EVALUATION_FILE,
+    )
 
 
 def _parser() -> Parser:
@@ -288,9 +348,26 @@ def _parser() -> Parser:
         "--suspects", type=whole(0), default=0, metavar="N", help=f"write the N most doubtful labels to {SUSPECTS_FILE}"
     )
     parser.add_argument(
+        "--report",
+        nargs="?",
+        const=True,
+        type=_page_file,
+        metavar="FILE",
+        help=f"write a page with plots and mistakes (default: {REPORT_FILE} in the run); needs the extra 'report'",
+    )
+    parser.add_argument(
+        "--create-plots", type=output_folder, metavar="DIR", help="write the report's plots as SVG files"
+    )
+    parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.roots=[/moved/images]"
     )
     return parser
+
+
+def _page_file(text: str) -> Path:
+    if "=" in text:
+        raise argparse.ArgumentTypeError(f"{text} reads as a setting; put settings first, or name the page's file")
+    return output_file(text)
 
 
 @command()
@@ -305,9 +382,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
     config = load_config(run / "config.yaml", options.overrides, environment={})
     check_paths(config)
-    output: Path = options.output or output_file(str(run / "evaluation.json"))
+    output: Path = options.output or output_file(str(run / EVALUATION_FILE))
+    page: Path | None = output_file(str(run / REPORT_FILE)) if options.report is True else options.report
+    for flag, place in (("--report", page), ("--create-plots", options.create_plots)):
+        if place is not None:
+            require_libraries(flag)
     evaluation, vocabulary, name = evaluate_weights(
-        config, run, options.checkpoint, options.weights == "ema", options.suspects
+        config,
+        run,
+        options.checkpoint,
+        options.weights == "ema",
+        options.suspects,
+        page=page,
+        plots=options.create_plots,
     )
     write_json(output, report(evaluation, vocabulary, name))
     with reader_may_leave():
@@ -315,6 +402,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"every tag's average precision: {output}")
         if options.suspects:
             print(f"the most doubtful labels: {run / SUSPECTS_FILE}")
+        if page is not None:
+            print(f"the report: {page}")
+        if options.create_plots is not None:
+            print(f"the plots: {options.create_plots}")
     return 0
 
 

@@ -36,6 +36,7 @@ Flags = NDArray[np.bool_]
 _DISTINCT_ATTEMPTS = 16
 # More refusals in a row than any failure budget puts up with: whoever judges the batch then ends the run.
 _MAX_ATTEMPTS = 64
+_ROWS_COUNTED_AT_A_TIME = 1 << 16
 
 
 class Coin(Protocol):
@@ -87,6 +88,15 @@ class TagTable:
         tags = self.index_of[numbers]
         known = tags >= 0
         return tags[known], places[known]
+
+    def count(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """int64 [C]: how many of the rows have each tag, ratings included."""
+        counts = np.zeros(self.num_tags, dtype=np.int64)
+        for start in range(0, len(rows), _ROWS_COUNTED_AT_A_TIME):
+            part = rows[start : start + _ROWS_COUNTED_AT_A_TIME].astype(np.int64)
+            tags, _ = self.tags(part, np.zeros(len(part), np.bool_), None)
+            counts += np.bincount(tags, minlength=self.num_tags)
+        return counts
 
     def tags(
         self, rows: Rows, mirrored: Flags, mirror_of: NDArray[np.int32] | None
