@@ -118,13 +118,13 @@ def _precision_recall(report: Report) -> Plot | None:
                 np.concatenate([line.precision[:1], line.precision]),
                 drawstyle="steps-pre",
                 linestyle=_DASHES[number % len(_DASHES)],
-                label=f"{line.average_precision:.3f}  {_drawable(line.name)}",
+                label=f"AP {line.average_precision:.3f}  {_drawable(line.name)}",
                 **style,
             )
         _unit_square(axes)
         axes.set_xlabel("recall")
         axes.set_ylabel("precision")
-        axes.legend(title="average precision", title_fontsize=8.0, loc="lower left")
+        _legend_above(axes, 2)
 
     told = "; ".join(
         f"{line.name}: AP {line.average_precision:.3f}, {line.num_positives} positives" for line in report.curves
@@ -178,7 +178,7 @@ def _thresholds(report: Report) -> Plot | None:
         _unit_square(axes)
         axes.set_xlabel("one threshold for all tags" + ("" if report.threshold is None else " (dotted: the one used)"))
         axes.set_ylabel("all decisions")
-        axes.legend(loc="lower center", ncols=3)
+        _legend_above(axes, 3)
 
     alt = (
         f"Precision, recall and F1 of all decisions against one threshold for all tags; F1 is highest, "
@@ -255,6 +255,13 @@ def _unit_square(axes: Axes) -> None:
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.02, 1.04)
     axes.grid(alpha=0.25)
+
+
+def _legend_above(axes: Axes, ncols: int) -> None:
+    """Where curves may run anywhere, a legend inside would cover one."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside upper center", ncols=ncols)
 
 
 def _drawable(name: str, most: int = 24) -> str:

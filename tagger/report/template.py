@@ -59,6 +59,7 @@ th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descendi
   .about { grid-template-columns: 1fr; } .about dd { margin-bottom: .3rem; }
   .headline { grid-template-columns: 1fr 1fr; } .headline > div { padding: .5rem .6rem; }
   .mistakes { grid-template-columns: 1fr 1fr; }
+  #tag-table th:nth-child(2), #tag-table td:nth-child(2) { display: none; }
 }
 @media print {
   body { background: none; font-size: 11px; } main { max-width: none; padding: 0; }
