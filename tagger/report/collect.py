@@ -1,8 +1,9 @@
-"""One evaluation's report, from its first batch to the files: what the command's `--report` and `--create-plots` do.
+"""One evaluation's report, from its first batch to the files, and what of it a run in progress shows.
 
 Refuses, before any work, to begin where what draws pages is not installed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tagger.batch import Batch
+from tagger.metrics.curves import TagCurve
 from tagger.metrics.hierarchy import HierarchyMetrics
+from tagger.metrics.keys import NUM_KEYS
+from tagger.metrics.levels import tags_by_frequency
 from tagger.metrics.summary import Summary, TagScores
 from tagger.ontology import TagRelations
 from tagger.report import require_libraries
@@ -92,3 +96,26 @@ class ReportCollector:
         if self._page is not None:
             write_report(report, self._page, plots)
         return report
+
+
+def telling_curves(scored: ScoredCurves, names: Sequence[str], counts: npt.NDArray[np.integer]) -> dict[str, TagCurve]:
+    """The curve of all decisions, and those of tags from the most frequent to the rarest that have a positive, by name.
+
+    counts: int64 [C], how frequent each tag is. The same curves at every evaluation of the same images.
+    """
+    known = np.bincount(scored.positives() // NUM_KEYS, minlength=scored.num_tags) > 0
+    curves = {names[curve.tag]: curve for curve in scored.curves(tags_by_frequency(counts, known))}
+    return {"all decisions": scored.micro_curve(), **curves}
+
+
+def create_mistakes(
+    limit: int, counts: npt.NDArray[np.integer], num_images: int, threshold: float
+) -> ConfidentMistakes | None:
+    """A collector for a data set of `num_images` images of which `counts`, int64 [C], have each tag; None for none.
+
+    threshold: the probability at or above which a tag is predicted. Counts of another data set say what is common too.
+    """
+    if limit == 0:
+        return None
+    shares = counts / max(1, num_images, int(counts.max()))
+    return ConfidentMistakes(limit, shares, math.log(threshold) - math.log1p(-threshold))

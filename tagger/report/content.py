@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tagger.metrics.curves import TagCurve
 from tagger.metrics.hierarchy import HierarchyResult
+from tagger.metrics.levels import Levels
 from tagger.metrics.ranking import ScoredImages
 from tagger.metrics.summary import ENOUGH_POSITIVES, Summary, TagScores, score_tags, summarise
 from tagger.report import SHOWN_RATINGS
@@ -20,6 +21,7 @@ from tagger.report.mistakes import Mistake
 
 # Points of a drawn curve; its average precision is that of all points.
 _MAX_POINTS = 400
+_SWEPT = 201
 _LISTED = 15
 
 
@@ -57,16 +59,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Micro-averaged precision, recall and F1 (float64 [K], NaN over nothing) at ascending probabilities."""
-
-    probability: npt.NDArray[np.float64]
-    precision: npt.NDArray[np.float64]
-    recall: npt.NDArray[np.float64]
-    f1: npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
 class ShownMistake:
     """A mistake with what the page says of its image. withheld: the rating for which the image is not shown."""
 
@@ -94,7 +86,8 @@ class Report:
     """Everything that is on the page. facts: what was evaluated, by label. tags: all, in the vocabulary's order.
 
     present, predicted: int64 [N], tags of each image. threshold: the one probability for all tags, None where each has
-    its own. curves: all decisions first. everything_in: the file that holds what the page leaves out.
+    its own. curves: all decisions first. sweep: all decisions at one threshold for all tags. everything_in: the file
+    that holds what the page leaves out.
     """
 
     title: str
@@ -103,7 +96,7 @@ class Report:
     tags: tuple[TagLine, ...]
     threshold: float | None
     curves: tuple[Line, ...]
-    sweep: Sweep
+    sweep: Levels
     present: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     extra: tuple[ShownMistake, ...]
@@ -172,7 +165,7 @@ def gather_report(
         tags=_tag_lines(names, categories, training_counts, scores, probabilities),
         threshold=float(probabilities[0]) if one else None,
         curves=tuple(line for line in curves if line.num_positives),
-        sweep=_sweep(micro),
+        sweep=Levels.of(micro, _SWEPT),
         present=scored.per_image("present"),
         predicted=scored.per_image("predicted"),
         extra=_shown(extra, describe_image),
@@ -226,13 +219,6 @@ def _line(name: str, curve: TagCurve) -> Line:
     if len(gaining) > _MAX_POINTS:
         gaining = gaining[np.unique(np.linspace(0, len(gaining) - 1, _MAX_POINTS).round().astype(np.int64))]
     return Line(name, recall[gaining], precision[gaining], curve.average_precision(), curve.num_positives)
-
-
-def _sweep(micro: TagCurve) -> Sweep:
-    probability = np.linspace(0.0, 1.0, 202)[1:-1]
-    points = [micro.at(logit) for logit in (np.log(probability) - np.log1p(-probability)).tolist()]
-    columns = ([getattr(point, name) for point in points] for name in ("precision", "recall", "f1"))
-    return Sweep(probability, *(np.array(column) for column in columns))
 
 
 def _shown(mistakes: Sequence[Mistake], describe: DescribeImage | None) -> tuple[ShownMistake, ...]:

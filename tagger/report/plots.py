@@ -168,11 +168,9 @@ def _thresholds(report: Report) -> Plot | None:
     best = int(np.nanargmax(sweep.f1))
 
     def draw(axes: Axes) -> None:
-        for number, name in enumerate(("precision", "recall", "f1")):
-            label = "F1" if name == "f1" else name
-            axes.plot(
-                sweep.probability, getattr(sweep, name), color=COLOURS[number], linestyle=_DASHES[number], label=label
-            )
+        lines = {"precision": sweep.precision, "recall": sweep.recall, "F1": sweep.f1}
+        for number, (name, values) in enumerate(lines.items()):
+            axes.plot(sweep.probability, values, color=COLOURS[number], linestyle=_DASHES[number], label=name)
         if report.threshold is not None:
             axes.axvline(report.threshold, color=FAINT, linewidth=0.8, linestyle=":")
         _unit_square(axes)
