@@ -470,7 +470,7 @@ def changed_settings(saved: Path, config: FullConfig) -> list[str]:
 def split_changes(saved: Path, config: FullConfig) -> list[str]:
     """Of `changed_settings` those that give images another part: what was trained on would be held out now."""
     names = ("val_list", "val_fraction", "calib_fraction", "test_fraction", "stratified_split", "group_near_duplicates")
-    moving = {f"data.{name}" for name in (*names, "near_duplicate_bits")}
+    moving = {f"data.{name}" for name in (*names, "near_duplicate_bits", "split_key")}
     return [change for change in changed_settings(saved, config) if change.partition(":")[0] in moving]
 
 
