@@ -24,6 +24,9 @@ from Configuration_System import MonitorSection
 from tagger.cadence import due
 from tagger.contact_sheet import draw_sheet, make_card
 from tagger.errors import SinkError
+from tagger.metrics.curves import TagCurve
+from tagger.metrics.levels import Levels
+from tagger.report.mistakes import ConfidentMistakes, Kind, mistake_card
 from tagger.run_folder import RunFolder
 from tagger.sinks import JsonlSink, PictureSink, Sink, TensorBoardSink
 from tagger.system_stats import SystemStats
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # On a narrower console than this the bar shows these figures alone: cut off, none of them could be read.
 WIDE_COLUMNS = 110
+MISTAKES: tuple[tuple[Kind, str], ...] = (("extra", "predicted, not tagged"), ("missed", "tagged, not predicted"))
 NARROW_FIGURES = ("train/loss", "train/images_per_second")
 
 
@@ -121,6 +125,11 @@ class TrainingMonitor:
             )
         self._progress = _ConsoleProgress(console or Console(), total_steps, resume_step or 0)
 
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether anything takes pictures and curves, so that they are worth making."""
+        return any(isinstance(sink, PictureSink) for sink in self._sinks)
+
     def advance(self, step: int) -> None:
         """Move the progress bar to `step` completed steps; cheap enough for every step."""
         self._progress.advance(step)
@@ -159,6 +168,28 @@ class TrainingMonitor:
         for sink in sinks:
             with self._losses_counted(sink):
                 sink.write_picture(name, picture, step, now)
+
+    def log_mistakes(self, name: str, mistakes: ConfidentMistakes, tag_names: Sequence[str], step: int) -> None:
+        """Show the images on which a model is most sure and wrong, on a picture for each kind of mistake."""
+        sinks = [sink for sink in self._sinks if isinstance(sink, PictureSink)]
+        for kind, title in MISTAKES if sinks else ():
+            cards = [mistake_card(mistake, tag_names) for mistake in mistakes.strongest(kind)]
+            if not cards:
+                continue
+            picture = draw_sheet(cards, title, f"step {step}; the first tag is the mistake", scale=1.5)
+            now = time.time()
+            for sink in sinks:
+                with self._losses_counted(sink):
+                    sink.write_picture(f"{name}/{kind}", picture, step, now)
+
+    def log_curves(self, name: str, curves: Mapping[str, TagCurve], step: int) -> None:
+        """Show precision-recall curves by what they are of; one without positives is left out."""
+        levels = {label: Levels.of(curve) for label, curve in curves.items() if curve.num_positives}
+        now = time.time()
+        for sink in self._sinks:
+            if isinstance(sink, PictureSink) and levels:
+                with self._losses_counted(sink):
+                    sink.write_curves(name, levels, step, now)
 
     def log_histogram(self, name: str, values: NDArray[np.floating] | torch.Tensor, step: int) -> None:
         """Show how values are distributed, e.g. the average precision of the tags; what is not finite is left out."""

@@ -259,9 +259,8 @@ class MetricComputer:
 
     def micro_curve(self) -> TagCurve:
         """The curve of all decisions of all tags together, as of one tag; its `tag` is -1."""
-        table = np.zeros(NUM_KEYS, np.int64)
-        for keys, counts in self.store.distinct(np.arange(self.num_tags)):
-            table[keys.astype(np.int64) + KEY_OFFSET] += counts
+        self._drain()
+        table = self.store.totals()
         cells = np.flatnonzero(table)
         own = np.sort(self.positives() % NUM_KEYS - KEY_OFFSET).astype(np.int16)
         keys = (cells - KEY_OFFSET).astype(np.int16)

@@ -32,6 +32,7 @@ from tagger.errors import DivergedError, InputError, RunFailedError
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.options import Parser
+from tagger.report.collect import create_mistakes, telling_curves
 from tagger.rng import mix
 from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit, require_checkpoints
 from tagger.stop import StoppedEarly, StopRequest
@@ -71,6 +72,9 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
 def validate(parts: Parts, epoch: int) -> Evaluation:
     """Score the held-out images with the averaged weights where they are kept, and log everything about it."""
     config, state, monitor = parts.config, parts.state, parts.monitor
+    tags, counts, threshold = parts.vocabulary.tags, parts.vocabulary.counts, config.validation.threshold
+    wanted = config.monitor.sample_images if monitor.shows_pictures else 0
+    mistakes = create_mistakes(wanted, counts, len(parts.validation_loader.dataset), threshold)
     with state.ema.swapped() if state.ema is not None else contextlib.nullcontext():
         evaluation = evaluate(
             parts.model,
@@ -78,16 +82,19 @@ def validate(parts: Parts, epoch: int) -> Evaluation:
             parts.criterion,
             state.precision,
             parts.device,
-            num_tags=len(parts.vocabulary),
-            threshold=config.validation.threshold,
+            num_tags=len(tags),
+            threshold=threshold,
             num_samples=config.monitor.sample_images,
+            collectors=() if mistakes is None else (mistakes,),
             stop=lambda: parts.stop.requested,
         )
     monitor.log(evaluation.scalars, state.step, epoch)
     monitor.log_histogram("val/average_precision", evaluation.metrics["average_precision"], state.step)
-    monitor.log_predictions(
-        "val/samples", evaluation.samples, parts.vocabulary.tags, config.validation.threshold, state.step
-    )
+    monitor.log_predictions("val/samples", evaluation.samples, tags, threshold, state.step)
+    if monitor.shows_pictures:
+        monitor.log_curves("val/precision_recall", telling_curves(evaluation.computer, tags, counts), state.step)
+    if mistakes is not None:
+        monitor.log_mistakes("val/mistakes", mistakes, tags, state.step)
     state.extra["final"] = dict(evaluation.scalars)
     return evaluation
 
@@ -262,8 +269,7 @@ def fit_thresholds(parts: Parts) -> None:
             config, folder, parts.model, parts.validation_loader, lambda: parts.stop.requested
         )
     except EvaluationStopped:
-        again = f"python -m scripts.fit_thresholds --run {parts.folder.path}"
-        logger.warning("no thresholds were fitted, for want of time: %s", again)
+        logger.warning("no thresholds yet, for want of time: scripts.fit_thresholds --run %s", parts.folder.path)
         return
     attach_thresholds(folder, thresholds)
     logger.info("%s", thresholds.summary())

@@ -32,12 +32,13 @@ from model_architecture import SimplifiedTagger, VisionTransformerConfig, create
 from tagger.artifact import load_artifact
 from tagger.batch import Batch
 from tagger.command import command
+from tagger.data.scan import printable
 from tagger.data.split import Part
 from tagger.devices import PrecisionMode
 from tagger.errors import InputError
 from tagger.evaluation.comparison import common_tags, compare
 from tagger.evaluation.contender import Contender
-from tagger.evaluation.document import TagList, comparison_document, evaluation_document
+from tagger.evaluation.document import TagList, comparison_document, evaluation_document, page_facts
 from tagger.evaluation.options import parse_options
 from tagger.evaluation.place import NamedWeights, Place, choose_weights, find_place, fitted_thresholds
 from tagger.evaluation.predictions import Keep, PredictionFile
@@ -53,6 +54,7 @@ from tagger.module_state import check_tensors, load_tensors, named_tensors
 from tagger.ontology import relate
 from tagger.options import output_file
 from tagger.output import reader_may_leave
+from tagger.report.collect import ReportCollector
 from tagger.suspects import Suspects, write_suspects
 from training_utils import MixedPrecisionTrainer, compile_model, resolve_device
 from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_shares
@@ -60,6 +62,7 @@ from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_
 logger = logging.getLogger(__name__)
 
 SUSPECTS_FILE = "suspects.jsonl"
+REPORT_FILE = "report.html"
 Criterion = TagLoss | MultiTaskLoss
 
 
@@ -320,7 +323,8 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
         raise InputError(f"--mode hierarchical: {run} has no ontology; train with vocabulary.ontology_file")
     relations = None if ontology is None or options.mode == "tags" else relate(ontology, vocabulary.tags)
     named = [vocabulary.index(tag if ontology is None else ontology.canonical(tag)) for tag in options.tags or ()]
-    num_tags, threshold = len(vocabulary), config.validation.threshold
+    num_tags, threshold, trained_on = len(vocabulary), config.validation.threshold, split.training_rows
+    tags = TagList(vocabulary.tags, vocabulary.categories, train.dataset.table.count(trained_on))
     facts: dict[str, object] = {
         "mode": options.mode,
         "run": str(run),
@@ -328,6 +332,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
         "part_sha256": split.part_sha256(part),
         "num_images_in_part": len(split.rows(part)),
         "num_images_chosen": len(rows),
+        "num_training_images": len(trained_on),
         "vocabulary_sha256": vocabulary.sha256,
     }
     device = resolve_device(config.training.device)
@@ -345,7 +350,20 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
             keep, about = Keep(options.min_score, options.top), {**facts, "weights": chosen[0].name}
             predictions = PredictionFile(options.save_predictions, index, vocabulary.tags, keep, about, exclusive)
             stack.enter_context(predictions)
-        others = (suspects, predictions)
+        page: Path | None = output_file(str(run / REPORT_FILE)) if options.report is True else options.report
+        drawn = None
+        if page is not None or options.create_plots is not None:
+            drawn = ReportCollector(
+                page,
+                options.create_plots,
+                names=tags.names,
+                categories=tags.categories,
+                training_counts=tags.training_counts,
+                num_training_images=len(trained_on),
+                logit_thresholds=logit_of(threshold),
+                relations=relations,
+            )
+        others = (suspects, predictions, drawn)
         watches = [
             Watch.create(num_tags, threshold, fitted_thresholds(each, split, part), named, relations, others)
             for each in chosen
@@ -356,7 +374,6 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
         ]
         precision = MixedPrecisionTrainer(config.training.mixed_precision, device)
         evaluations = evaluate_all(subjects, loader, precision, device)
-    tags = TagList(vocabulary.tags, vocabulary.categories, train.dataset.table.counts(split.training_rows))
     results = []
     for weights, done, watch in zip(chosen, evaluations, watches, strict=True):
         scalars = {name.replace("val/", f"{options.part}/"): value for name, value in done.scalars.items()}
@@ -368,6 +385,20 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
         about = {"weights": chosen[0].name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
         write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, about)
         shown.append(f"the most doubtful labels: {run / SUSPECTS_FILE}")
+    if drawn is not None:
+        drawn.write(
+            evaluations[0].computer,
+            title=f"Evaluation of {run.resolve().name}",
+            facts=page_facts(facts, results[0]),
+            describe_image=lambda row: (printable(index.image_path(row)), index.rating(row)),
+            everything_in=output.name,
+            summary=results[0].summary,
+            scores=results[0].tags,
+            chosen=named,
+        )
+        shown += [
+            f"{what}: {place}" for what, place in (("the report", page), ("the plots", options.create_plots)) if place
+        ]
     if predictions is not None:
         shown.append(f"every image's scores: {predictions.path}")
     return output, shown

@@ -6,7 +6,6 @@ Refuses a data set without a single usable image.
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +23,11 @@ from tagger.data.survey import Distribution, Survey, survey
 from tagger.errors import InputError
 from tagger.options import OptionError, Parser, input_file, number, output_file, whole
 from tagger.output import reader_may_leave
+from tagger.report import INSTALL_HINT, libraries_missing
 from vocabulary import DEFAULT_INDEX_DIR
 
 JSON_FORMAT_VERSION = 1
 DEFAULT_PAGE = Path("inspect.html")
-INSTALL_HINT = "the page needs matplotlib and Jinja2: pip install matplotlib jinja2 (the extra 'report')"
 _LISTED_TAGS = 15
 _LISTED_GROUPS = 5
 _BAR_WIDTH = 30
@@ -125,7 +124,7 @@ def _page(options: argparse.Namespace) -> Path | None:
     """Where the page goes, None for no page. Raises InputError where it was asked for and cannot be."""
     if options.no_page:
         return None
-    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "jinja2")):
+    if libraries_missing():
         if options.output is not None:
             raise InputError(f"--output {options.output}: {INSTALL_HINT}")
         print(f"no page: {INSTALL_HINT}", file=sys.stderr)

@@ -21,10 +21,13 @@ import numpy as np
 import orjson
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import DataClass, HistogramProto, Summary  # type: ignore[import-untyped]
+from tensorboard.plugins.pr_curve.metadata import create_summary_metadata  # type: ignore[import-untyped]
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+from tensorboard.util.tensor_util import make_tensor_proto  # type: ignore[import-untyped]
 
 from tagger.files import write_atomic
+from tagger.metrics.levels import Levels
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,10 @@ class PictureSink(Sink):
     @abstractmethod
     def write_histogram(self, name: str, values: np.ndarray, step: int, wall_time: float) -> None:
         """Record the distribution of `values`: float64, at least one, all finite."""
+
+    @abstractmethod
+    def write_curves(self, name: str, curves: Mapping[str, Levels], step: int, wall_time: float) -> None:
+        """Record precision-recall curves by what they are of."""
 
 
 class JsonlSink(Sink):
@@ -124,6 +131,10 @@ class TensorBoardSink(PictureSink):
     def write_histogram(self, name: str, values: np.ndarray, step: int, wall_time: float) -> None:
         histogram = Summary.Value(tag=name, histo=_histogram(values))
         self._write(Event(wall_time=wall_time, step=step, summary=Summary(value=[histogram])))
+
+    def write_curves(self, name: str, curves: Mapping[str, Levels], step: int, wall_time: float) -> None:
+        values = [_pr_curve(f"{name}/{label}", curve) for label, curve in curves.items()]
+        self._write(Event(wall_time=wall_time, step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
         self._file.close()
@@ -209,6 +220,17 @@ def _records(content: bytes) -> Iterator[tuple[bytes, Event]]:
 def _stamp_of(path: Path) -> int:
     found = re.match(r"events\.out\.tfevents\.(\d+)", path.name)
     return int(found[1]) if found else 0
+
+
+def _pr_curve(name: str, curve: Levels) -> Summary.Value:
+    """As the PR curves plugin reads it: six rows over evenly spaced probabilities, shares of nothing being 0."""
+    others = curve.num_images - curve.num_positives
+    wrong = curve.predicted - curve.hits
+    rows = (curve.hits, wrong, others - wrong, curve.num_positives - curve.hits, curve.precision, curve.recall)
+    metadata = create_summary_metadata(display_name="", description="", num_thresholds=len(curve.hits))
+    metadata.data_class = DataClass.DATA_CLASS_TENSOR
+    tensor = make_tensor_proto(np.nan_to_num(np.stack(rows)).astype(np.float32))
+    return Summary.Value(tag=name, metadata=metadata, tensor=tensor)
 
 
 def _histogram(values: np.ndarray) -> HistogramProto:

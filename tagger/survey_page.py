@@ -4,83 +4,62 @@ Needs the extra `report` (matplotlib draws, Jinja2 writes and escapes). Pictures
 copies, except of images that are rated above general.
 """
 
-import base64
 from collections.abc import Callable
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from PIL import Image
 
 from tagger.data.decode import RefusedImage, decode_image
 from tagger.data.quarantine import read_image_file
 from tagger.data.survey import Distribution, Survey
 from tagger.files import write_atomic
+from tagger.report import SHOWN_RATINGS
+from tagger.report.drawing import (
+    BAR,
+    STYLE,
+    Plot,
+    draw_svg,
+    jpeg_uri,
+    page_environment,
+    round_steps,
+    short_bytes,
+    short_number,
+)
 
-_INK, _FAINT, _BAR = "#1c2026", "#767d88", "#3f6fb5"
 _THUMBNAIL_SIDE = 96
 _LISTED_TAGS = 40
-_SHOWN_RATINGS = (None, "general")
-# The same page for the same survey: no dates, no random identifiers.
-_SVG_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "path",
-    "svg.hashsalt": "tagsmith",
-    "font.size": 9.0,
-    "axes.edgecolor": _FAINT,
-}
-
-
-@dataclass(frozen=True)
-class _Plot:
-    title: str
-    alt: str
-    source: str
 
 
 def write_page(survey: Survey, path: Path, *, max_pixels: int) -> None:
     """Write the page; raises OSError where that is not possible. max_pixels: larger images get no small copy."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = short_number
-    environment.filters["bytes"] = short_bytes
-    environment.filters["ending"] = lambda name: "/".join(Path(name).parts[-2:])
     groups = [
         (
             group.size,
             [
-                (name, _thumbnail(Path(name), max_pixels) if rating in _SHOWN_RATINGS else None, rating)
+                (name, _thumbnail(Path(name), max_pixels) if rating in SHOWN_RATINGS else None, rating)
                 for name, rating in group.images
             ],
         )
         for group in (survey.duplicates.largest if survey.duplicates is not None else ())
     ]
-    text = environment.from_string(_PAGE).render(
-        survey=survey, plots=_plots(survey), tags=survey.tag_counts[:_LISTED_TAGS], groups=groups
+    text = (
+        page_environment()
+        .from_string(_PAGE)
+        .render(
+            survey=survey,
+            plots=_plots(survey),
+            tags=survey.tag_counts[:_LISTED_TAGS],
+            groups=groups,
+            style=Markup(STYLE),
+        )
     )
     write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
-def short_number(value: float) -> str:
-    """1234 -> 1,234; 0.4567 -> 0.457."""
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def short_bytes(value: float) -> str:
-    """Decimal: 1234567 -> 1.23 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.3g} TB"
-
-
-def _plots(survey: Survey) -> list[_Plot]:
-    plots: list[_Plot] = []
+def _plots(survey: Survey) -> list[Plot]:
+    plots: list[Plot] = []
     for title, label, shown, found in (
         ("Aspect ratio", "width over height", short_number, survey.aspect_ratios),
         ("Size", "megapixels", short_number, survey.megapixels),
@@ -90,81 +69,56 @@ def _plots(survey: Survey) -> list[_Plot]:
         if found is not None:
             log = found is not survey.tags_per_image and found.most > 1.2 * found.least > 0
             alt = f"{title}: median {shown(found.median)}, from {shown(found.least)} to {shown(found.most)} {label}"
-            plots.append(_Plot(title, alt, _histogram(found, label, shown, log=log)))
+            plots.append(Plot(label.replace(" ", "-"), title, alt, _histogram(found, label, shown, log=log)))
     if survey.tag_counts:
         most, least = survey.tag_counts[0][1], survey.tag_counts[-1][1]
         alt = f"Images of each tag by rank: {len(survey.tag_counts)} tags, from {most} images down to {least}"
-        plots.append(_Plot("The long tail", alt, _long_tail([count for _, count in survey.tag_counts])))
+        plots.append(Plot("long-tail", "The long tail", alt, _long_tail([count for _, count in survey.tag_counts])))
     return plots
 
 
-def _histogram(found: Distribution, label: str, shown: Callable[[float], str], *, log: bool) -> str:
+def _histogram(found: Distribution, label: str, shown: Callable[[float], str], *, log: bool) -> bytes:
     def draw(axes: Axes) -> None:
         left = found.edges[:-1]
         widths = [stop - start for start, stop in zip(left, found.edges[1:], strict=True)]
-        axes.bar(left, found.counts, widths, align="edge", color=_BAR, edgecolor="white", linewidth=0.4)
+        axes.bar(left, found.counts, widths, align="edge", color=BAR, edgecolor="white", linewidth=0.4)
         if log:
             axes.set_xscale("log")
             # A range of less than ten has no power of ten to put a label on.
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xticks(_ticks(found.edges[0], found.edges[-1]) or [found.least, found.median, found.most])
+            axes.set_xticks(round_steps(found.edges[0], found.edges[-1]) or [found.least, found.median, found.most])
         elif found.least == found.most:
             axes.set_xticks([found.least])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
         axes.set_xlabel(label)
         axes.set_ylabel("images")
 
-    return _svg(draw)
+    return draw_svg(draw)
 
 
-def _ticks(least: float, most: float) -> list[float]:
-    """At most seven of 1, 2, 5, 10, 20 ... within a range; none where there are fewer than two."""
-    steps = [factor * 10.0**power for power in range(-12, 16) for factor in (1, 2, 5)]
-    inside = [step for step in steps if least <= step <= most]
-    every = -(-len(inside) // 7)
-    return inside[::every] if len(inside) > 1 else []
-
-
-def _long_tail(counts: list[int]) -> str:
+def _long_tail(counts: list[int]) -> bytes:
     def draw(axes: Axes) -> None:
-        axes.plot(range(1, len(counts) + 1), counts, color=_BAR, linewidth=1.6)
+        axes.plot(range(1, len(counts) + 1), counts, color=BAR, linewidth=1.6)
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
             axis.set_minor_formatter(NullFormatter())
-        if ticks := _ticks(counts[-1], counts[0]):
+        if ticks := round_steps(counts[-1], counts[0]):
             axes.set_yticks(ticks)
         axes.set_xlabel("rank of the tag")
         axes.set_ylabel("images")
         axes.grid(alpha=0.25)
 
-    return _svg(draw)
-
-
-def _svg(draw: Callable[[Axes], None]) -> str:
-    """A data URI: identifiers of one drawing cannot meet those of another."""
-    with matplotlib.rc_context(_SVG_STYLE):
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK)
-        stream = BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
-    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+    return draw_svg(draw)
 
 
 def _thumbnail(path: Path, max_pixels: int) -> str | None:
     """A data URI of a small copy; None where the image is gone or broken by now."""
     try:
-        image = Image.fromarray(decode_image(read_image_file(path), max_pixels=max_pixels))
+        return jpeg_uri(decode_image(read_image_file(path), max_pixels=max_pixels), _THUMBNAIL_SIDE)
     except (RefusedImage, OSError):
         return None
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    stream = BytesIO()
-    image.save(stream, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 _PAGE = """<!doctype html>
@@ -174,36 +128,12 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Data set: {{ survey.roots | join(", ") }}</title>
 <style>
-:root { color-scheme: light; }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c2026; background: #f3f4f6; margin: 0; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
-section { background: #fff; border: 1px solid #dee1e6; border-radius: 8px; padding: 1rem 1.2rem; margin-top: 1rem; }
-.faint { color: #5f6672; }
-.figures { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: .8rem 0 0; }
-.figures dt { color: #5f6672; font-size: .85rem; }
-.figures dd { margin: 0; font-size: 1.35rem; font-weight: 600; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1rem; }
-.plots figure { margin: 0; }
-.plots figcaption { font-weight: 600; }
-.plots img { width: 100%; height: auto; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-.columns section { margin-top: 0; }
-.columns { margin-top: 1rem; }
-table { border-collapse: collapse; width: 100%; }
-td, th { padding: .15rem .5rem .15rem 0; text-align: left; vertical-align: top; }
-td.count, th.count { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+{{ style }}
 td.bar { width: 38%; }
-td.bar div { background: #3f6fb5; height: .7rem; border-radius: 2px; margin-top: .35rem; min-width: 1px; }
-td.name, .path { overflow-wrap: anywhere; }
-.path { font-family: ui-monospace, monospace; font-size: .8rem; }
-.group { border-top: 1px solid #eceef1; padding: .6rem 0; }
+.group { border-top: 1px solid var(--line); padding: .6rem 0; }
 .group ul { display: flex; flex-wrap: wrap; gap: .8rem; list-style: none; margin: .3rem 0 0; padding: 0; }
 .group li { width: 7.5rem; }
-.group img, .withheld { display: block; width: 96px; height: 96px; object-fit: contain; background: #eaecf0; }
-.withheld { font-size: .75rem; padding: .4rem; box-sizing: border-box; color: #5f6672; }
-@media (max-width: 34rem) { .columns, .plots { grid-template-columns: 1fr; } }
+.group img, .withheld { display: block; width: 96px; height: 96px; object-fit: contain; background: var(--well); }
 </style>
 </head>
 <body>

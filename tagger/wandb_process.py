@@ -74,6 +74,9 @@ class _Client:
             if "histogram" in message:
                 bins = message["counts"], message["edges"]
                 values[message["histogram"]] = self._wandb.Histogram(np_histogram=bins)
+            if "curves" in message:
+                lines, name = message["lines"], message["curves"]
+                values[name] = self._wandb.plot.line_series(**lines, title=name, xname="recall")
             self._run.log(values)
 
     def finish(self) -> None:

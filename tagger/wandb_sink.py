@@ -22,6 +22,7 @@ from PIL import Image
 from tagger.alerts import URL_VARIABLE
 from tagger.errors import SinkError
 from tagger.files import write_atomic
+from tagger.metrics.levels import Levels
 from tagger.sinks import HISTOGRAM_BINS, PictureSink
 from tagger.wandb_process import HEADER
 
@@ -98,6 +99,15 @@ class WandbSink(PictureSink):
         counts, edges = np.histogram(values, bins=HISTOGRAM_BINS)
         bins = {"histogram": name, "counts": counts.tolist(), "edges": edges.tolist()}
         self._send({"values": {"step": step, "time": wall_time}, **bins})
+
+    def write_curves(self, name: str, curves: Mapping[str, Levels], step: int, wall_time: float) -> None:
+        taken = {label: curve.predicted > 0 for label, curve in curves.items()}
+        lines = {
+            "keys": list(curves),
+            "xs": [np.round(curve.recall[taken[label]], 5).tolist() for label, curve in curves.items()],
+            "ys": [np.round(curve.precision[taken[label]], 5).tolist() for label, curve in curves.items()],
+        }
+        self._send({"values": {"step": step, "time": wall_time}, "curves": name, "lines": lines})
 
     def close(self) -> None:
         """Raises SinkError for what could not be handed over."""

@@ -108,7 +108,7 @@ class TagTable:
             tags = np.where(mirrored[places], mirror_of[tags], tags)
         return pack(tags, places, len(rows), self.num_tags)
 
-    def counts(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+    def count(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
         """How many of some rows carry each tag of the vocabulary, int64 [C]."""
         found = np.zeros(self.num_tags, dtype=np.int64)
         for start in range(0, len(rows), _ROWS_AT_A_TIME):

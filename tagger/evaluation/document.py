@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tagger.data.index import MetadataIndex
 from tagger.data.scan import printable
+from tagger.data.split import Part
 from tagger.evaluation.comparison import Comparison, TagChange
 from tagger.evaluation.tag_details import Confusions, HardImage, TagDetail
 from tagger.metrics.curves import OperatingPoint
@@ -63,6 +64,20 @@ def evaluation_document(
         **facts,
         **first,
         **{scores.kind: content for scores, content in zip(results[1:], others, strict=True)},
+    }
+
+
+def page_facts(facts: Mapping[str, object], scores: Scores) -> dict[str, str]:
+    """What was evaluated, by label, for the head of a page."""
+    part, num_images = Part[str(facts["part"]).upper()], scores.summary.num_images
+    once = "; use it once" if part == Part.TEST else ""
+    return {
+        "weights": scores.weights,
+        "images": f"{num_images:,} of {facts['num_images_in_part']:,} of the {part.purpose} part{once} "
+        f"(hash of the part: {str(facts['part_sha256'])[:12]})",
+        "trained on": f"{facts['num_training_images']:,} images",
+        "vocabulary": f"{scores.summary.num_tags:,} tags (hash: {str(facts['vocabulary_sha256'])[:12]})",
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     }
 
 

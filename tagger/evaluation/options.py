@@ -7,10 +7,12 @@ from pathlib import Path
 from tagger.data.split import Part
 from tagger.errors import InputError
 from tagger.evaluation.predictions import SUFFIXES, check_prediction_file
-from tagger.options import Parser, number, output_file, whole
+from tagger.options import Parser, number, output_file, output_folder, whole
+from tagger.report import require_libraries
 
 PARTS = tuple(part.name.lower() for part in (Part.VAL, Part.TEST, Part.CALIB))
 DEFAULT_FRACTION = 0.1
+_OF_ONE_MODEL = ("save_predictions", "suspects", "report", "create_plots")
 _EPILOG = """examples:
   python validation_loop.py --run runs/demo
   python validation_loop.py --run runs/demo --mode tags --tags "red circle" arrow
@@ -31,7 +33,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.compare is None and options.run is None and options.checkpoint is None:
         raise InputError("say what to score: --run DIR, --checkpoint DIR, or --compare A B")
     if options.compare is not None:
-        others = ("checkpoint", "tags", "weights", "save_predictions", "suspects")
+        others = ("checkpoint", "tags", "weights", *_OF_ONE_MODEL)
         extra = [f"--{name.replace('_', '-')}" for name in others if getattr(options, name)]
         extra += [f"--mode {options.mode}"] if options.mode not in ("full", "fast") else []
         if extra:
@@ -48,9 +50,19 @@ def _check(options: argparse.Namespace) -> None:
         check_prediction_file(options.save_predictions)
     elif options.min_score is not None or options.top is not None:
         raise InputError("--min-score and --top say what --save-predictions writes; add it")
-    if options.weights == "both" and (options.save_predictions is not None or options.suspects):
-        what = "--save-predictions" if options.save_predictions is not None else "--suspects"
-        raise InputError(f"{what} is of one kind of weights; use --weights ema or --weights online")
+    single = [f"--{name.replace('_', '-')}" for name in _OF_ONE_MODEL if getattr(options, name)]
+    if options.weights == "both" and single:
+        verb = "is" if len(single) == 1 else "are"
+        raise InputError(f"{' and '.join(single)} {verb} of one kind of weights; use --weights ema or --weights online")
+    for name in ("report", "create_plots"):
+        if getattr(options, name):
+            require_libraries(f"--{name.replace('_', '-')}")
+
+
+def _page_file(text: str) -> Path:
+    if "=" in text:
+        raise argparse.ArgumentTypeError(f"{text} reads as a setting; put settings first, or name the page's file")
+    return output_file(text)
 
 
 def _parser() -> Parser:
@@ -106,6 +118,15 @@ def _parser() -> Parser:
     written.add_argument(
         "--suspects", type=whole(0), default=0, metavar="N", help="the N most doubtful labels, to suspects.jsonl"
     )
+    written.add_argument(
+        "--report",
+        nargs="?",
+        const=True,
+        type=_page_file,
+        metavar="FILE",
+        help="a page with plots and mistakes (default: report.html in the run); needs the extra 'report'",
+    )
+    written.add_argument("--create-plots", type=output_folder, metavar="DIR", help="the page's plots as SVG files")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.roots=[/moved/images]"
     )

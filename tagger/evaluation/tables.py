@@ -52,9 +52,12 @@ def full_tables(all_scores: Sequence[Scores], tags: TagList) -> Iterable[Rendera
     yield from headline(all_scores)
     first, named = all_scores[0], "" if len(all_scores) == 1 else f", {all_scores[0].kind} weights"
     summary = first.summary
+    yield Text()
     yield from group_table(f"by training images of the tag{named}", "training images", summary.by_frequency)
     if len(summary.by_category) > 1:
+        yield Text()
         yield from group_table(f"by category{named}", "category", summary.by_category)
+    yield Text()
     coverage, per_image = summary.coverage, summary.per_image
     yield Text(
         f"{coverage.num_tags:,} tags: {coverage.enough:,} with 5 or more of these images, {coverage.few:,} with 1 to "
@@ -205,7 +208,10 @@ def comparison_tables(
 ) -> Iterable[RenderableType]:
     """Scores of A and B, B - A with its interval, and the tags that changed beyond it; `facts` as in the JSON file."""
     for letter, side in zip("AB", cast(Sequence[Mapping[str, Any]], facts["sides"]), strict=True):
-        yield Text(f"{letter}: {side['weights']}; {side['num_tags']:,} tags, {len(side['left_out']):,} not in common")
+        yield Text(
+            f"{letter}: {side['weights']}; {side['num_tags']:,} tags, {len(side['left_out']):,} not in common; "
+            f"thresholds {side['thresholds']}"
+        )
         used = side["num_images_it_was_made_from"]
         if used is None:
             yield Text(f"   whether {letter} was trained on these images is not known: it comes without its run")
@@ -218,7 +224,8 @@ def comparison_tables(
     )
     if part == Part.TEST:
         yield Text(_TEST_PART)
-    table = _table("score", "A", "B", "B - A", "95 %", "over")
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("A", "B", "B - A", "95 %"))
+    table = _new(Column("score"), *numbers, Column("over"))
     labels = {
         "mAP": "mAP",
         "f1_macro": "F1 macro",
@@ -227,7 +234,7 @@ def comparison_tables(
         "predicted_per_image": "predicted tags",
     }
     for name, score in comparison.scores.items():
-        over = f"{score.over:,} {score.what}"
+        over = f"{score.over:,} {score.what.split()[0]}"
         table.add_row(labels[name], _value(score.a), _value(score.b), _signed(score.difference), _bounds(score), over)
     yield table
     supported = len(comparison.changes)

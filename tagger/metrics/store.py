@@ -112,6 +112,17 @@ class StoredKeys:
             else:
                 yield from (_nonzero(table) for table in _tables(columns).numpy())
 
+    def totals(self) -> Counts:
+        """How often each key came, whatever its tag: int64 [65536], a key's cell being `key + KEY_OFFSET`."""
+        table = np.zeros(NUM_KEYS, np.int64)
+        for block in self.blocks():
+            step = max(1, _KEYS_AT_A_TIME // max(1, block.shape[1]))
+            for start in range(0, self.num_tags, step):
+                part = np.ascontiguousarray(block[start : start + step]).view(np.uint16).ravel()
+                # As unsigned numbers the keys below 0 come after the others.
+                table += np.roll(np.bincount(part, minlength=NUM_KEYS), KEY_OFFSET)
+        return table
+
     def _tags_at_a_time(self) -> int:
         return max(1, min(TABLES_AT_A_TIME, _KEYS_AT_A_TIME // max(1, self.num_images)))
 
@@ -189,6 +200,10 @@ class KeyHistograms:
             chunk = tags[start : start + TABLES_AT_A_TIME]
             index = torch.from_numpy(chunk.astype(np.int64)).to(tables.device)
             yield from (_nonzero(table) for table in tables[index].cpu().numpy())
+
+    def totals(self) -> Counts:
+        """See `StoredKeys.totals`."""
+        return np.asarray(self.tables().sum(dim=0, dtype=torch.int64).cpu().numpy())
 
     def _flush(self) -> None:
         for block in self._buffer.blocks():
@@ -291,6 +306,10 @@ class ScoreStore:
     def distinct(self, tags: npt.NDArray[np.integer]) -> Iterator[tuple[Keys, Counts]]:
         """For each of the tags its distinct keys, ascending, and how many images have each (int64)."""
         return self._any().distinct(tags)
+
+    def totals(self) -> Counts:
+        """How often each key came, whatever its tag: int64 [65536], a key's cell being `key + KEY_OFFSET`."""
+        return self._any().totals()
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """The content: "image_ids" and "keys" int16 [C, N], or "histograms" int32 [C, 65536] and the sample."""

@@ -16,7 +16,7 @@ from scripts.make_demo_dataset import make_demo_dataset
 from tagger.data.index import open_index
 from tagger.data.parallel import map_blocks
 from tagger.data.survey import survey
-from tagger.survey_page import short_bytes, short_number
+from tagger.report.drawing import short_bytes, short_number
 from tests.pictures import encode, scene, worn_copy
 
 NUM_DEMO = 12
@@ -142,7 +142,8 @@ def test_without_the_extra_the_terminal_still_works(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith("matplotlib.") or name == "tagger.survey_page"]:
+    drawing = ("matplotlib.", "tagger.report.", "tagger.survey_page")
+    for name in [name for name in sys.modules if name.startswith(drawing)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
     assert inspect(demo, tmp_path, "--no-duplicates") == 0

@@ -18,10 +18,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from Configuration_System import MonitorSection
+from evaluation_metrics import MetricComputer
 from Monitor_log import ThreadSafeMetricsTracker, TrainingMonitor
 from tagger.errors import SinkError
+from tagger.report.collect import create_mistakes, telling_curves
 from tagger.run_folder import RunFolder
 from tagger.wandb_sink import WandbSink
+from tests.evaluated import make_batch, make_case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,10 +131,46 @@ def test_samples_and_histogram_reach_tensorboard(folder: RunFolder) -> None:
     assert events.Tags()["histograms"] == ["val/average_precision"]
 
 
+def test_mistakes_and_curves_reach_tensorboard(folder: RunFolder) -> None:
+    logits, tag_lists = make_case(40, 4, share=0.6)
+    logits += 1  # mistakes of both kinds
+    batch = make_batch(tag_lists)
+    mistakes = create_mistakes(3, np.full(4, 10), 40, 0.5)
+    assert mistakes is not None and create_mistakes(0, np.full(4, 10), 40, 0.5) is None
+    mistakes.add(batch, logits)
+    computer = MetricComputer(4)
+    computer.update(logits, batch.tag_indices, batch.tag_offsets)
+    names = ("cat", "dog", "tree", "never")
+    with open_monitor(folder) as monitor:
+        assert monitor.shows_pictures
+        monitor.log_mistakes("val/mistakes", mistakes, names, 30)
+        monitor.log_curves("val/precision_recall", telling_curves(computer, names, np.array([5, 9, 7, 1])), 30)
+    events = events_of(folder)
+    assert set(events.Tags()["images"]) == {"val/mistakes/extra", "val/mistakes/missed"}
+    present = {names[tag] for tags in tag_lists for tag in tags}
+    expected = {f"val/precision_recall/{name}" for name in (*present, "all decisions")}
+    assert set(events.PluginTagToContent("pr_curves")) == expected
+
+
+def test_no_mistake_and_no_positive_log_nothing(folder: RunFolder) -> None:
+    mistakes = create_mistakes(3, np.full(2, 10), 40, 0.5)
+    assert mistakes is not None
+    batch = make_batch([[], []])
+    mistakes.add(batch, torch.full((2, 2), -9.0))
+    computer = MetricComputer(2)
+    computer.update(torch.full((2, 2), -9.0), batch.tag_indices, batch.tag_offsets)
+    with open_monitor(folder) as monitor:
+        monitor.log_mistakes("val/mistakes", mistakes, ("cat", "dog"), 30)
+        monitor.log_curves("val/precision_recall", telling_curves(computer, ("cat", "dog"), np.array([2, 1])), 30)
+    events = events_of(folder)
+    assert not events.Tags()["images"] and not events.Tags()["tensors"]
+
+
 def test_no_sample_is_drawn_where_nothing_shows_it(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("Monitor_log.draw_sheet", lambda *_: pytest.fail("drawn"))
     samples = FewSamples((torch.zeros(3, 8, 8, dtype=torch.uint8),), torch.zeros(1, 2), ((0,),))
     with open_monitor(folder, tensorboard=False) as monitor:
+        assert not monitor.shows_pictures
         monitor.log_predictions("val/samples", samples, ("cat", "dog"), 0.5, 30)
 
 

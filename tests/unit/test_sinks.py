@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
+from evaluation_metrics import MetricComputer
 from tagger import sinks
 from tagger.cadence import due
+from tagger.metrics.levels import NUM_LEVELS, Levels
 from tagger.sinks import JsonlSink, TensorBoardSink
 
 
@@ -125,6 +129,32 @@ def test_tensorboard_reads_scalars_pictures_and_histograms(tmp_path: Path) -> No
     found = histogram.histogram_value
     assert (found.min, found.max, found.num, found.sum) == (0.0, 1.0, 4.0, 1.5)
     assert sum(found.bucket) == 4
+
+
+def test_tensorboard_reads_curves(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.random((400, 1)) < 0.3
+    logits = torch.from_numpy(generator.normal(size=truth.shape) + 2 * truth).float()
+    computer = MetricComputer(1)
+    computer.update(logits, torch.from_numpy(truth).float())
+    (curve,) = computer.curves()
+    sink = TensorBoardSink(tmp_path)
+    sink.write_curves("val/precision_recall", {"cat/dog": Levels.of(curve)}, 20, 1000.0)
+    sink.close()
+    accumulator = read_events(tmp_path)
+    (name,) = accumulator.PluginTagToContent("pr_curves")
+    assert name == "val/precision_recall/cat/dog"
+    (event,) = accumulator.Tensors(name)
+    found = make_ndarray(event.tensor_proto)
+    assert found.shape == (6, NUM_LEVELS) and event.step == 20
+    scores = torch.from_numpy(logits.half().double().sigmoid().numpy()).numpy()
+    for level, (hits, wrong, right_others, missed, precision, recall) in zip(
+        Levels.of(curve).probability, found.T, strict=True
+    ):
+        taken = scores >= level
+        assert (hits, wrong) == ((taken & truth).sum(), (taken & ~truth).sum())
+        assert (right_others, missed) == ((~taken & ~truth).sum(), (~taken & truth).sum())
+        assert np.isclose(precision, hits / max(hits + wrong, 1)) and np.isclose(recall, hits / truth.sum())
 
 
 def test_tensorboard_is_purged_past_the_resumed_step(tmp_path: Path) -> None:

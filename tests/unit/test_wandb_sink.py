@@ -17,6 +17,7 @@ from PIL import Image
 from scripts import benchmark_logging
 from tagger import wandb_sink
 from tagger.errors import SinkError
+from tagger.metrics.levels import Levels
 from tagger.wandb_sink import MAX_ENTRIES, WandbSink
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,9 @@ class Image:
     def __init__(self, picture): self.size = picture.size
 class Histogram:
     def __init__(self, np_histogram): self.counts = np_histogram[0]
+class plot:
+    @staticmethod
+    def line_series(**words): return words
 class Run:
     def define_metric(self, *_, **__): pass
     def log(self, values):
@@ -59,6 +63,10 @@ def init(**words):
         os._exit(7)
     return Run()
 """
+
+
+# Of 4 images with 2 positives; at the highest level nothing is taken.
+CURVES = {"all": Levels(np.array([2, 1, 0]), np.array([4, 1, 0]), 4, 2)}
 
 
 @pytest.fixture
@@ -110,14 +118,18 @@ def test_everything_arrives_in_order(client: Path, tmp_path: Path, monkeypatch: 
     sink.write_scalars({"train/loss": 0.5, "val/mAP": float("inf")}, 6, 1, 2.0)
     sink.write_picture("val/samples", Image.new("L", (8, 5)), 6, 3.0)
     sink.write_histogram("val/average_precision", np.array([0.1, 0.9, 0.9]), 6, 4.0)
+    sink.write_curves("val/precision_recall", CURVES, 6, 5.0)
     sink.close()
     begun, *rest = notes(client)
     assert isinstance(begun, dict) and begun["secret"] is None
     assert begun["id"] == (tmp_path / "wandb-id").read_text()
+    title = {"title": "val/precision_recall", "xname": "recall"}
+    drawn = {"keys": ["all"], "xs": [[1.0, 0.5]], "ys": [[0.5, 1.0]], **title}
     assert rest == [
         {"train/loss": 0.5, "val/mAP": float("inf"), "step": 6, "epoch": 1, "time": 2.0},
         {"step": 6, "time": 3.0, "val/samples": [8, 5]},
         {"step": 6, "time": 4.0, "val/average_precision": 3},
+        {"step": 6, "time": 5.0, "val/precision_recall": drawn},
         "finished",
     ]
 
@@ -225,12 +237,15 @@ def test_the_real_client_works_offline_and_a_resumed_run_keeps_its_identity(
             sink.write_scalars({"train/loss": 0.5}, 6, 0, 0.0)
             sink.write_picture("val/samples", Image.new("RGB", (8, 8)), 6, 0.0)
             sink.write_histogram("val/average_precision", np.array([0.1, 0.9]), 6, 0.0)
+            sink.write_curves("val/precision_recall", CURVES, 6, 0.0)
             sink.close()
             identities.append((tmp_path / "wandb-id").read_text())
     assert identities[0] == identities[1] and not caplog.records
     (written, *_) = (tmp_path / "wandb").glob(f"offline-run-*-{identities[0]}/run-{identities[0]}.wandb")
     content = written.read_bytes()
     assert b"train/loss" in content and b"val/average_precision" in content
+    (table,) = written.parent.rglob("files/media/table/val/precision_recall*.json")
+    assert json.loads(table.read_text())["data"] == [[1.0, "all", 0.5], [0.5, "all", 1.0]]
     assert list(written.parent.rglob("files/media/images/val/samples*.png"))
 
 
