@@ -19,11 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from close_run import tell, write_model, write_results
 from Configuration_System import FullConfig, check_paths, load_config
 from schedulers import apply
 from start_up import Parts, build, check
 from tagger.alerts import Alerts
-from tagger.artifact import TagRow, attach_thresholds, save_artifact
 from tagger.cadence import due
 from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
@@ -34,10 +34,9 @@ from tagger.logs import log_to_console
 from tagger.options import Parser
 from tagger.report.collect import create_mistakes, telling_curves
 from tagger.rng import mix
-from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit, require_checkpoints
+from tagger.run_folder import RunFolder, require_checkpoints
 from tagger.stop import StoppedEarly, StopRequest
-from training_utils import load_weights
-from validation_loop import Evaluation, EvaluationStopped, evaluate, fit_model_thresholds
+from validation_loop import Evaluation, EvaluationStopped, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -187,92 +186,6 @@ def rescue(parts: Parts, error: Exception) -> None:
         save(parts, wait=True)
     except (OSError, RuntimeError, ValueError) as second:
         logger.error("the state of step %d could not be saved (%s)", parts.state.step, second)
-
-
-def write_results(parts: Parts, ending: Ending) -> None:
-    """`results.json` as of now; `final` are the scores of the newest validation. A full disk does not stop the run."""
-    state, best = parts.state, parts.manager.best
-    results = RunResults(
-        status=ending.status,
-        best=None if best is None else BestResult(best.metric, best.value, best.step),
-        final=cast(dict[str, float], state.extra.get("final", {})),
-        seconds=state.seconds,
-        images_per_second=state.samples_seen / state.seconds if state.seconds else None,
-        steps=state.step,
-        commit=code_commit(),
-        vocabulary_sha256=parts.vocabulary.sha256,
-        error=ending.reason,
-        exit_code=ending.exit_code,
-    )
-    try:
-        results.write(parts.folder.results_path)
-    except OSError as error:
-        logger.error("%s could not be written: %s", parts.folder.results_path, error)
-
-
-def tell(parts: Parts, event: str, ending: Ending) -> None:
-    """An alert to whoever watches the run from afar, where the environment names a webhook."""
-    state, best, run = parts.state, parts.manager.best, parts.folder.name
-    code = "" if ending.exit_code is None else f" (exit code {ending.exit_code})"
-    parts.alerts.send(
-        event,
-        f"{run}: {event} at step {state.step}, {ending.status}{code}" + (f": {ending.reason}" if ending.reason else ""),
-        run=run,
-        status=ending.status,
-        exit_code=ending.exit_code,
-        reason=ending.reason,
-        step=state.step,
-        best=None if best is None else {"metric": best.metric, "value": best.value, "step": best.step},
-    )
-
-
-def write_model(parts: Parts) -> None:
-    """`model/`: the best validation's weights (the average where it is kept) and all that prediction needs."""
-    best = parts.manager.best
-    if best is None:
-        logger.warning("no validation was completed, so model/ is not written; continue with --resume latest")
-        return
-    weights = load_weights(parts.folder.checkpoints_dir / best.checkpoint)
-    vocabulary = parts.vocabulary
-    rows = zip(vocabulary.tags, vocabulary.categories, vocabulary.counts.tolist(), strict=True)
-    save_artifact(
-        parts.folder.model_dir,
-        weights=weights.tensors,
-        model_config=parts.model.config.to_dict(),
-        tags=[TagRow(name, category, count) for name, category, count in rows],
-        vocabulary_file=parts.folder.vocabulary_path,
-        ontology_file=parts.folder.ontology_path if parts.validation_loader.dataset.ontology else None,
-        preprocess_json=parts.validation_loader.preprocess.to_json(),
-        metadata={
-            "run": parts.folder.name,
-            "step": best.step,
-            "threshold": parts.config.validation.threshold,
-            "vocabulary_sha256": vocabulary.sha256,
-            "metric": best.metric,
-            "metric_value": best.value,
-            "exclusive_ratings": parts.config.loss.rating_weight is not None,
-        },
-    )
-    logger.info("model/ holds the %s weights of step %d: %s %.4f", weights.kind, best.step, best.metric, best.value)
-    fit_thresholds(parts)
-
-
-def fit_thresholds(parts: Parts) -> None:
-    """Give `model/` a threshold for each tag, where calibration images were held out."""
-    config, folder = parts.config, parts.folder.model_dir
-    if not config.data.calib_fraction:
-        at = config.validation.threshold
-        logger.info("all tags have the threshold %g; hold out data.calib_fraction=0.05 to fit each tag's own", at)
-        return
-    try:
-        thresholds = fit_model_thresholds(
-            config, folder, parts.model, parts.validation_loader, lambda: parts.stop.requested
-        )
-    except EvaluationStopped:
-        logger.warning("no thresholds yet, for want of time: scripts.fit_thresholds --run %s", parts.folder.path)
-        return
-    attach_thresholds(folder, thresholds)
-    logger.info("%s", thresholds.summary())
 
 
 def run(config: FullConfig) -> int:

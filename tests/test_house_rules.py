@@ -41,7 +41,8 @@ CHAPTER_EDGES = {
 }
 COMMANDS = {"train_direct", "validation_loop"}
 START_UP = "start_up"
-ROOT_MODULES = {"Configuration_System", START_UP} | CHAPTERS | COMMANDS
+CLOSE_RUN = "close_run"
+ROOT_MODULES = {"Configuration_System", START_UP, CLOSE_RUN} | CHAPTERS | COMMANDS
 
 # Handlers that hand an error over to another thread, which raises it there; each names its function.
 BROAD_EXCEPT_ALLOWED = {
@@ -155,8 +156,10 @@ def floor_violation(importer: str, imported: str) -> bool:
         return target not in CHAPTERS | {"tagger", "Configuration_System"}
     if top == START_UP:
         return target not in CHAPTERS | {"tagger", "Configuration_System", "validation_loop"}
-    if top == "train_direct":
+    if top == CLOSE_RUN:
         return target not in CHAPTERS | {"tagger", "Configuration_System", "validation_loop", START_UP}
+    if top == "train_direct":
+        return target not in CHAPTERS | {"tagger", "Configuration_System", "validation_loop", START_UP, CLOSE_RUN}
     return True
 
 
