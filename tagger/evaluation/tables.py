@@ -164,7 +164,7 @@ def hierarchy_tables(
     yield table
     yield Text(
         f"{_value(result.consistency)} of {result.child_decisions:,} predicted tags that imply others come with all of "
-        f"those; a tag's probability exceeds that of one it implies by {_value(result.mean_violation, 5)} on average, "
+        f"those; a tag's probability exceeds that of one it implies by {_significant(result.mean_violation)} on average, "
         f"over {result.num_pairs:,} pairs and {result.num_images:,} images."
     )
     if result.groups:
@@ -300,6 +300,10 @@ def _new(*columns: Column, title: str | None = None) -> Table:
 
 def _value(value: float | None, digits: int = 4) -> str:
     return _NONE if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _significant(value: float) -> str:
+    return _NONE if value != value else f"{value:.2g}"
 
 
 def _signed(value: float | None) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tagger.data.scan import printable
 from tagger.metrics.curves import TagCurve
 from tagger.metrics.hierarchy import HierarchyResult
 from tagger.metrics.levels import Levels
@@ -149,6 +150,8 @@ def gather_report(
     for what, number in (("names", len(names)), ("categories", len(categories)), ("counts", len(training_counts))):
         if number != scored.num_tags:
             raise ValueError(f"{number} {what} for {scored.num_tags} tags; expected one for each")
+    # Half a character, which JSON may hold, is in no page's encoding.
+    names, categories = ([printable(name) for name in each] for each in (names, categories))
     scores = scores or score_tags(scored)
     summary = summary or summarise(scored, training_counts, categories, scores)
     with np.errstate(over="ignore"):

@@ -34,9 +34,7 @@ _SVG_STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
-    "legend.framealpha": 0.85,
-    "legend.edgecolor": "none",
-    "legend.facecolor": "white",
+    "legend.frameon": False,
     "text.parse_math": False,
     "legend.fontsize": 8.0,
 }

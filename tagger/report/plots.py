@@ -99,7 +99,7 @@ def _by_frequency(report: Report) -> Plot | None:
         axes.set_xlabel("training images with the tag")
         axes.set_ylabel("average precision")
         axes.grid(alpha=0.25)
-        axes.legend(loc="lower right" if np.median(precision) > 0.5 else "upper right")
+        _legend_above(axes, 3)
 
     means = "; ".join(f"{each.name} images: {value:.3f} over {each.mAP.over} tags" for each, value in buckets)
     alt = f"Average precision of {len(known)} tags against their training images. Means: {means}"
@@ -147,14 +147,20 @@ def _calibration(report: Report) -> Plot | None:
         for number, bucket in enumerate(shown):
             x, y = zip(*_points(bucket.calibration.bins), strict=True)
             axes.plot(
-                x, y, color=colours[number], marker="os^Dvp"[number], markersize=3.5, linewidth=1, label=bucket.name
+                x,
+                y,
+                color=colours[number],
+                marker="os^Dvp"[number],
+                markersize=3.5,
+                linewidth=1,
+                label=f"{bucket.name} images",
             )
         x, y = zip(*_points(summary.all_tags.calibration.bins), strict=True)
         axes.plot(x, y, color=INK, marker="o", markersize=4, linewidth=1.8, label="all tags")
         _unit_square(axes)
         axes.set_xlabel("predicted probability")
         axes.set_ylabel("share that is true")
-        axes.legend(title="training images" if shown else None, title_fontsize=8.0, loc="upper left")
+        _legend_above(axes, 3)
 
     told = ", ".join(f"{x:.2f}: {y:.2f}" for x, y in _points(summary.all_tags.calibration.bins))
     alt = f"Share of decisions that are true against the predicted probability, all tags. {told}"
@@ -204,11 +210,11 @@ def _tags_per_image(report: Report) -> Plot | None:
                 linewidth=1.6,
                 label=f"{label}, mean {values.mean():.2f}",
             )
-        # Rotated round numbers alone: half a tag is none.
-        label_axis(axes.xaxis, [float(tick) for tick in np.unique(np.linspace(0, most, 9).round())])
+        # Whole numbers alone: half a tag is none.
+        label_axis(axes.xaxis, [float(tick) for tick in range(0, most + 1, max(1, -(-most // 10)))])
         axes.set_xlabel("tags of an image")
         axes.set_ylabel("images")
-        axes.legend()
+        _legend_above(axes, 2)
 
     alt = (
         f"Images by their number of tags: {report.present.mean():.2f} tags an image are true and "
@@ -231,7 +237,7 @@ def _distribution(report: Report) -> Plot | None:
         axes.set_xlim(0, 1)
         axes.set_xlabel("average precision")
         axes.set_ylabel("tags")
-        axes.legend()
+        _legend_above(axes, 2)
 
     low, median, high = np.quantile(known, [0.1, 0.5, 0.9])
     alt = f"Average precision of {len(known)} tags: median {median:.3f}, four fifths from {low:.3f} to {high:.3f}"

@@ -133,7 +133,8 @@ def test_samples_and_histogram_reach_tensorboard(folder: RunFolder) -> None:
 
 def test_mistakes_and_curves_reach_tensorboard(folder: RunFolder) -> None:
     logits, tag_lists = make_case(40, 4, share=0.6)
-    logits += 1  # mistakes of both kinds
+    tagged = next(row for row, tags in enumerate(tag_lists) if tags)
+    logits[tagged] = torch.where(torch.isin(torch.arange(4), torch.tensor(tag_lists[tagged])), -5.0, 5.0)
     batch = make_batch(tag_lists)
     mistakes = create_mistakes(3, np.full(4, 10), 40, 0.5)
     assert mistakes is not None and create_mistakes(0, np.full(4, 10), 40, 0.5) is None

@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -147,8 +149,8 @@ def test_names_and_paths_are_escaped(odd: Odd) -> None:
     page = read(path)
     assert len(page.scripts) == 2 and not page.of("b") and not page.of("i")[3:]
     assert all((each["src"] or "").startswith("data:") for each in page.of("img"))
-    shown = {row[0].encode("utf-8", "surrogateescape") for row in page.tag_rows()}
-    assert shown == {tag.name.encode("utf-8", "surrogateescape") for tag in report.tags}
+    names = {row[0] for row in page.tag_rows()}
+    assert names == {tag.name for tag in report.tags} and names >= {*ODD_NAMES[:3], "_hidden\x0c\\udcff"}
     (policy,) = (each["content"] or "" for each in page.of("meta") if "http-equiv" in each)
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
@@ -340,3 +342,43 @@ def test_without_the_extra_nothing_begins(monkeypatch: pytest.MonkeyPatch) -> No
             num_training_images=1,
             logit_thresholds=0.0,
         )
+
+
+PROBE = """<script>addEventListener("load", () => {
+  document.body.dataset.drawn = [...document.images].map(image => image.naturalWidth > 0).join();
+  document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
+});</script>"""
+
+
+def opened_in_a_browser(page: Path, folder: Path, width: int = 1280) -> tuple[str, list[str]]:
+    """The page's content once its script has run, and what the browser's console said."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+    program = next((found for name in names if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("NO BROWSER: the report is not opened in one; install chromium to have it looked at")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+    flags += [f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000"]
+    done = subprocess.run(
+        [program, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+def test_a_browser_draws_everything_and_has_no_complaint(odd: Odd, tmp_path: Path) -> None:
+    content, complaints = opened_in_a_browser(odd.path, tmp_path)
+    assert not complaints
+    number = len(odd.report.tags)
+    assert f"{number} of {number} tags" in content  # the script ran under the page's own policy
+    text = odd.path.read_text(encoding="utf-8")
+    probed = tmp_path / "probed.html"
+    probed.write_text(re.sub("&#39;sha256-[^&]*&#39;", "'unsafe-inline'", text).replace("</body>", f"{PROBE}</body>"))
+    for width in (1280, 500):
+        content, complaints = opened_in_a_browser(probed, tmp_path, width)
+        (body,) = (each for tag, each in Page(content).found if tag == "body")
+        assert (body["data-drawn"] or "").split(",") == ["true"] * text.count("<img ")
+        assert body["data-wide"] == "false" and not complaints
+    broken = tmp_path / "broken.html"
+    broken.write_text(text.replace("</body>", "<script>alert(1)</script></body>"))
+    assert opened_in_a_browser(broken, tmp_path)[1]  # what is not the page's own is refused, and would be seen here
