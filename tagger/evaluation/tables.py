@@ -163,9 +163,9 @@ def hierarchy_tables(
     table.add_row("each tag by itself (plain)", "", "", _value(plain), f"{flat.num_tags:,} tags")
     yield table
     yield Text(
-        f"{_value(result.consistency)} of {result.child_decisions:,} predicted tags that imply others come with all of "
-        f"those; a tag's probability exceeds that of one it implies by {_significant(result.mean_violation)} on average, "
-        f"over {result.num_pairs:,} pairs and {result.num_images:,} images."
+        f"{_value(result.consistency)} of {result.child_decisions:,} predicted tags that imply others come with all "
+        f"of those; a tag's probability exceeds that of one it implies by {_significant(result.mean_violation)} on "
+        f"average, over {result.num_pairs:,} pairs and {result.num_images:,} images."
     )
     if result.groups:
         groups = _table("exclusive group", "images with one of it", "with more than one")
