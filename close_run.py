@@ -57,7 +57,11 @@ def write_model(parts: Parts) -> None:
     """`model/`: the best validation's weights (the average where it is kept) and all that prediction needs."""
     best = parts.manager.best
     if best is None:
-        logger.warning("no validation was completed, so model/ is not written; continue with --resume latest")
+        reason, remedy = "no validation was completed", "continue with --resume latest"
+        if "final" in parts.state.extra:
+            reason = f"no validation gave a {parts.config.checkpoint.best_metric}: no held-out image has a tag to score"
+            remedy = "hold out more images (data.val_fraction)"
+        logger.warning("%s, so model/ is not written; %s", reason, remedy)
         return
     weights = load_weights(parts.folder.checkpoints_dir / best.checkpoint)
     vocabulary = parts.vocabulary

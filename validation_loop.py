@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console, RenderableType
 from torch import Tensor, nn
 
-from Configuration_System import FullConfig, check_paths, load_config
+from Configuration_System import FullConfig, check_paths, load_config, split_changes
 from dataset_loader import DataLoader, LoadOptions, create_dataloaders, create_part_loader, open_dataset, split_dataset
 from evaluation_metrics import MetricComputer, MetricResult
 from loss_functions import MultiTaskLoss, TagLoss, create_loss
@@ -268,6 +268,8 @@ def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:
         raise InputError(f"{place.path} is a model without its run, which names the images; use --compare with a run")
     config = load_config(place.run / "config.yaml", overrides, environment={})
     check_paths(config)
+    if moved := split_changes(place.run / "config.yaml", config):
+        raise InputError(f"{moved[0]}: images that were trained on would count as held out; leave the split as it is")
     return place.run, config
 
 
@@ -416,6 +418,8 @@ def open_contender(
         load = replace(beside.options, preprocess=weights.artifact.preprocess, cache=None)
     else:
         run, config = open_run(place, overrides)
+        if config.data.split_key != home.data.split_key:
+            raise InputError(f"{run} goes by another data.split_key: which images both hold out cannot be told")
         vocabulary = TagVocabulary.load(run / "vocabulary.json")
         require_vocabulary(weights, vocabulary)
         split = split_dataset(config.data, open_dataset(config.data))

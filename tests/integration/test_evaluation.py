@@ -238,13 +238,9 @@ def test_a_model_compared_with_itself_is_no_better(finished: Path, tmp_path: Pat
         (("--run", "{run}", "--save-predictions", "{tmp}/scores.csv"), ".jsonl or .parquet"),
         (("--run", "{run}", "--weights", "both", "--suspects", "5"), "one kind of weights"),
         (("--run", "{run}", "--mode", "fast", "--fraction", "1e-9"), "leaves none"),
-        (
-            (
-                "--run",
-                "{run}/model",
-            ),
-            "without its run",
-        ),
+        (("--run", "{run}/model"), "without its run"),
+        (("--run", "{run}", "data.val_fraction=0.5"), "images that were trained on would count as held out"),
+        (("--compare", "{run}", "{run}", "data.split_key=path"), "images that were trained on would count as held out"),
         (("--run", "{tmp}"), "holds none of these"),
         (("--compare", "{run}", "{tmp}/gone"), "does not exist"),
         (("--compare", "{run}", "{run}", "--suspects", "5"), "leave out --suspects"),
