@@ -6,6 +6,7 @@ lacks is shown as boxes.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -197,6 +198,7 @@ class _Pen:
         self.picture.paste(_COLOURS[verdict][0], corner, small)
 
 
+@lru_cache(maxsize=64)  # the cards of a sheet are of a few sizes
 def _round_mask(size: tuple[int, int], radius: int) -> Image.Image:
     large = Image.new("L", (size[0] * _SMOOTH, size[1] * _SMOOTH), 0)
     ImageDraw.Draw(large).rounded_rectangle((0, 0, large.width - 1, large.height - 1), radius * _SMOOTH, fill=255)

@@ -120,7 +120,7 @@ class TensorBoardSink(PictureSink):
 
     def write_picture(self, name: str, picture: Image.Image, step: int, wall_time: float) -> None:
         encoded = io.BytesIO()
-        picture.save(encoded, "PNG")
+        picture.save(encoded, "PNG", compress_level=1)  # half the time for a quarter more bytes
         image = Summary.Image(
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
         )
