@@ -23,6 +23,8 @@ from tagger.config_checks import (
     require,
     share,
     split_settings,
+    threshold_goal,
+    whole_patches,
 )
 from tagger.config_io import (
     Loaded,
@@ -323,10 +325,14 @@ class ValidationSection:
     every_epochs: int = 1
     batch_size: int | None = None
     threshold: float = 0.5
+    threshold_objective: Literal["f1", "equal", "precision", "tags_per_image"] = "f1"
+    threshold_precision: float = 0.9
+    threshold_tags_per_image: float | None = None
 
     def __post_init__(self) -> None:
         positive("validation", every_epochs=self.every_epochs, batch_size=self.batch_size)
         share("validation", "try 0.5", threshold=self.threshold)
+        threshold_goal(self.threshold_objective, self.threshold_precision, self.threshold_tags_per_image)
 
 
 @dataclass
@@ -388,21 +394,7 @@ class FullConfig:
     monitor: MonitorSection = field(default_factory=MonitorSection)
 
     def __post_init__(self) -> None:
-        patch = self.model.resolved_patch_size
-        size = self.data.image_size
-        below = size // patch * patch
-        nearest = f"{below} or {below + patch}" if below else f"{patch}"
-        require(
-            size % patch == 0,
-            f"data.image_size={size} is not a multiple of model.patch_size={patch}",
-            f"use {nearest}",
-        )
-        require(
-            self.data.fit == "letterbox" or size >= 3 * patch,
-            f"data.fit=buckets needs at least 3 patches a side; data.image_size={size} has {size // patch} of "
-            f"model.patch_size={patch}",
-            f"use data.image_size={3 * patch} or more, or data.fit=letterbox",
-        )
+        whole_patches(self.data.image_size, self.model.resolved_patch_size, buckets=self.data.fit == "buckets")
         require(
             self.loss.rating_weight is None or self.vocabulary.ratings == "tags",
             f"loss.rating_weight={self.loss.rating_weight} needs ratings, but vocabulary.ratings is "
@@ -473,6 +465,13 @@ def changed_settings(saved: Path, config: FullConfig) -> list[str]:
     before, now = flat_values(load_config(saved, environment={})), flat_values(config)
     keys = [key for key in {**before, **now} if key != "checkpoint.resume"]
     return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
+
+
+def split_changes(saved: Path, config: FullConfig) -> list[str]:
+    """Of `changed_settings` those that give images another part: what was trained on would be held out now."""
+    names = ("val_list", "val_fraction", "calib_fraction", "test_fraction", "stratified_split", "group_near_duplicates")
+    moving = {f"data.{name}" for name in (*names, "near_duplicate_bits", "split_key")}
+    return [change for change in changed_settings(saved, config) if change.partition(":")[0] in moving]
 
 
 @command()

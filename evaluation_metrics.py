@@ -18,7 +18,7 @@ from torch import Tensor
 from tagger.errors import DivergedError
 from tagger.metrics.curves import Counts, TagCurve, tag_curve
 from tagger.metrics.host import HostMemory, LateCopies
-from tagger.metrics.keys import KEY_OFFSET, NUM_KEYS, lowest_keys, refuse_nan, to_keys_unchecked
+from tagger.metrics.keys import KEY_OFFSET, NUM_KEYS, logit_of, lowest_keys, refuse_nan, to_keys_unchecked
 from tagger.metrics.ranking import rank_positives
 from tagger.metrics.store import Form, ScoreStore, codes
 from tagger.metrics.summary import image_f1
@@ -83,7 +83,7 @@ class MetricComputer:
         if not 0 < threshold < 1:
             raise ValueError(f"threshold={threshold} is not between 0 and 1; it is a probability, e.g. 0.5")
         if logit_thresholds is None:
-            thresholds = np.full(num_tags, math.log(threshold) - math.log1p(-threshold))
+            thresholds = np.full(num_tags, logit_of(threshold))
         else:
             thresholds = np.array(logit_thresholds, dtype=np.float64)
             threshold = math.nan

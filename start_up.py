@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from Configuration_System import FullConfig, changed_settings
+from Configuration_System import FullConfig, changed_settings, split_changes
 from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
@@ -177,6 +177,12 @@ def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, st
                 f"--init-from {folder.path}, which carries over the tags that both know"
             )
         logger.warning("changed since this run last started: %s", change)
+    moved = split_changes(folder.config_path, config)
+    if moved and (config.data.calib_fraction or config.data.test_fraction):
+        raise InputError(
+            f"{moved[0]}: calibration and test images would be among those that this run has trained on; set it back, "
+            "or start a new run"
+        )
     if config.vocabulary.ontology_file is not None and folder.ontology_path.exists():
         require_unchanged(Path(config.vocabulary.ontology_file), folder.ontology_path)
     loaded = manager.load(config.checkpoint.resume)

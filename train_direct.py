@@ -23,7 +23,7 @@ from Configuration_System import FullConfig, check_paths, load_config
 from schedulers import apply
 from start_up import Parts, build, check
 from tagger.alerts import Alerts
-from tagger.artifact import TagRow, save_artifact
+from tagger.artifact import TagRow, attach_thresholds, save_artifact
 from tagger.cadence import due
 from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
@@ -37,7 +37,7 @@ from tagger.rng import mix
 from tagger.run_folder import BestResult, RunFolder, RunResults, code_commit
 from tagger.stop import StopRequest
 from training_utils import load_weights
-from validation_loop import Evaluation, EvaluationStopped, evaluate
+from validation_loop import Evaluation, EvaluationStopped, evaluate, fit_model_thresholds
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
 def validate(parts: Parts, epoch: int) -> Evaluation:
     """Score the held-out images with the averaged weights where they are kept, and log everything about it."""
     config, state, monitor = parts.config, parts.state, parts.monitor
-    vocabulary, threshold = parts.vocabulary, config.validation.threshold
+    tags, counts, threshold = parts.vocabulary.tags, parts.vocabulary.counts, config.validation.threshold
     wanted = config.monitor.sample_images if monitor.shows_pictures else 0
-    mistakes = create_mistakes(wanted, vocabulary.counts, len(parts.validation_loader.dataset), threshold)
+    mistakes = create_mistakes(wanted, counts, len(parts.validation_loader.dataset), threshold)
     with state.ema.swapped() if state.ema is not None else contextlib.nullcontext():
         evaluation = evaluate(
             parts.model,
@@ -80,7 +80,7 @@ def validate(parts: Parts, epoch: int) -> Evaluation:
             parts.criterion,
             state.precision,
             parts.device,
-            num_tags=len(vocabulary),
+            num_tags=len(tags),
             threshold=threshold,
             num_samples=config.monitor.sample_images,
             collectors=() if mistakes is None else (mistakes,),
@@ -88,12 +88,11 @@ def validate(parts: Parts, epoch: int) -> Evaluation:
         )
     monitor.log(evaluation.scalars, state.step, epoch)
     monitor.log_histogram("val/average_precision", evaluation.metrics["average_precision"], state.step)
-    monitor.log_predictions("val/samples", evaluation.samples, vocabulary.tags, threshold, state.step)
+    monitor.log_predictions("val/samples", evaluation.samples, tags, threshold, state.step)
     if monitor.shows_pictures:
-        curves = telling_curves(evaluation.computer, vocabulary.tags, vocabulary.counts)
-        monitor.log_curves("val/precision_recall", curves, state.step)
+        monitor.log_curves("val/precision_recall", telling_curves(evaluation.computer, tags, counts), state.step)
     if mistakes is not None:
-        monitor.log_mistakes("val/mistakes", mistakes, vocabulary.tags, state.step)
+        monitor.log_mistakes("val/mistakes", mistakes, tags, state.step)
     state.extra["final"] = dict(evaluation.scalars)
     return evaluation
 
@@ -250,6 +249,25 @@ def write_model(parts: Parts) -> None:
         },
     )
     logger.info("model/ holds the %s weights of step %d: %s %.4f", weights.kind, best.step, best.metric, best.value)
+    fit_thresholds(parts)
+
+
+def fit_thresholds(parts: Parts) -> None:
+    """Give `model/` a threshold for each tag, where calibration images were held out."""
+    config, folder = parts.config, parts.folder.model_dir
+    if not config.data.calib_fraction:
+        at = config.validation.threshold
+        logger.info("all tags have the threshold %g; hold out data.calib_fraction=0.05 to fit each tag's own", at)
+        return
+    try:
+        thresholds = fit_model_thresholds(
+            config, folder, parts.model, parts.validation_loader, lambda: parts.stop.requested
+        )
+    except EvaluationStopped:
+        logger.warning("no thresholds yet, for want of time: scripts.fit_thresholds --run %s", parts.folder.path)
+        return
+    attach_thresholds(folder, thresholds)
+    logger.info("%s", thresholds.summary())
 
 
 def begin(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts) -> Parts:

@@ -1,6 +1,8 @@
 """Validation: the one path from a model and held-out images to scores, for the trainer and for this command.
 
-Refuses a run without weights, and weights that do not belong to the run's vocabulary.
+The trainer calls `evaluate`, the command `evaluate_all` beneath it, so both give the same numbers bit for bit on one
+machine. Refuses a run without weights, weights that do not belong to the run's vocabulary, and images that a model was
+trained on.
 """
 
 if __name__ == "__main__":
@@ -8,65 +10,65 @@ if __name__ == "__main__":
 
     start_quietly()  # importing torch takes seconds
 
-import argparse
+import contextlib
 import logging
-import math
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from numpy.typing import NDArray
+from rich.console import Console, RenderableType
 from torch import Tensor, nn
 
 from Configuration_System import FullConfig, check_paths, load_config
-from dataset_loader import DataLoader, create_dataloaders, open_dataset
+from dataset_loader import DataLoader, LoadOptions, create_dataloaders, create_part_loader, open_dataset, split_dataset
 from evaluation_metrics import MetricComputer, MetricResult
 from loss_functions import MultiTaskLoss, TagLoss, create_loss
-from model_architecture import SimplifiedTagger, create_model
+from model_architecture import SimplifiedTagger, VisionTransformerConfig, create_model
 from tagger.artifact import load_artifact
 from tagger.batch import Batch
 from tagger.command import command
 from tagger.data.scan import printable
 from tagger.data.split import Part
+from tagger.devices import PrecisionMode
 from tagger.errors import InputError
+from tagger.evaluation.comparison import common_tags, compare
+from tagger.evaluation.contender import Contender
+from tagger.evaluation.document import TagList, comparison_document, evaluation_document, page_facts
+from tagger.evaluation.options import parse_options
+from tagger.evaluation.place import NamedWeights, Place, choose_weights, find_place, fitted_thresholds
+from tagger.evaluation.predictions import Keep, PredictionFile
+from tagger.evaluation.samples import FirstSamples, Samples
+from tagger.evaluation.subset import hashed_subset
+from tagger.evaluation.tables import comparison_tables, evaluation_tables
+from tagger.evaluation.watch import Collector, Watch
 from tagger.files import write_json
 from tagger.logs import log_to_console
+from tagger.metrics.keys import logit_of
+from tagger.metrics.thresholds import TagThresholds, ThresholdGoal, fit_thresholds
+from tagger.module_state import check_tensors, load_tensors, named_tensors
 from tagger.ontology import relate
-from tagger.options import Parser, output_file, output_folder, whole
+from tagger.options import output_file
 from tagger.output import reader_may_leave
-from tagger.report import require_libraries
 from tagger.report.collect import ReportCollector
 from tagger.suspects import Suspects, write_suspects
-from training_utils import MixedPrecisionTrainer, load_weights, resolve_device
+from training_utils import MixedPrecisionTrainer, compile_model, resolve_device
 from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_shares
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-EVALUATION_FILE = "evaluation.json"
 SUSPECTS_FILE = "suspects.jsonl"
 REPORT_FILE = "report.html"
 Criterion = TagLoss | MultiTaskLoss
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The first held-out images of the index: uint8 [3, H, W] each, logits [N, C] float32, tag indices; on the CPU."""
-
-    images: tuple[Tensor, ...]
-    logits: Tensor
-    tags: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """What one pass over the held-out images gives; `scalars` are the values that are logged, `computer` the counts."""
+    """What one pass over the held-out images gives; `scalars` are the values that are logged."""
 
     scalars: Mapping[str, float]
     metrics: MetricResult
@@ -74,16 +76,23 @@ class Evaluation:
     computer: MetricComputer
 
 
-class Collector(Protocol):
-    """Looks at every batch of an evaluation."""
-
-    def add(self, batch: Batch, logits: Tensor) -> None:
-        """batch: on the host. logits: float32 [B, C] on the CPU."""
-        ...
-
-
 class EvaluationStopped(Exception):
     """The pass was asked to stop before its end; it has no result."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to score. F1 is at `threshold`, a probability, or at each tag's own of `logit_thresholds`, [C].
+
+    criterion: None where no loss is wanted.
+    """
+
+    model: nn.Module
+    criterion: Criterion | None
+    num_tags: int
+    threshold: float = 0.5
+    logit_thresholds: NDArray[np.float64] | None = None
+    collectors: Sequence[Collector] = ()
 
 
 def evaluate(
@@ -95,73 +104,81 @@ def evaluate(
     *,
     num_tags: int,
     threshold: float,
+    logit_thresholds: NDArray[np.float64] | None = None,
     num_samples: int = 0,
     collectors: Sequence[Collector] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Score `model` on every batch of `loader`; the model's training mode is put back afterwards.
+    """Score one model on every batch of `loader`; see `Subject` and `evaluate_all`."""
+    subject = Subject(model, criterion, num_tags, threshold, logit_thresholds, collectors)
+    return evaluate_all([subject], loader, precision, device, num_samples=num_samples, stop=stop)[0]
+
+
+def evaluate_all(
+    subjects: Sequence[Subject],
+    loader: Iterable[tuple[Batch, object]],
+    precision: MixedPrecisionTrainer,
+    device: torch.device,
+    *,
+    num_samples: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Evaluation]:
+    """Score models on every batch of `loader`, which is read once; their training mode is put back afterwards.
 
     `val/loss` is the criterion summed over tags, averaged over images. Raises DivergedError when a logit is NaN,
     EvaluationStopped when `stop`, asked before each batch, says so.
     """
-    computer = MetricComputer(num_tags, threshold)
-    total = torch.zeros((), dtype=torch.float64)
-    collected: list[_Sample] = []
-    was_training = model.training
-    model.eval()
+    passes = [_Pass(subject, num_samples) for subject in subjects]
+    were_training = [subject.model.training for subject in subjects]
+    for subject in subjects:
+        subject.model.eval()
     try:
         with torch.inference_mode():
             for host, _ in loader:
                 if stop():
                     raise EvaluationStopped
                 batch = host.to(device, non_blocking=True)
-                with precision.autocast():
-                    logits = model(batch.images, batch.valid_sizes)
-                loss = criterion(logits, batch.tag_indices, batch.tag_offsets)
-                computer.update(logits, host.tag_indices, host.tag_offsets, host.row_ids)
-                total += loss.double().cpu()
-                collected = _first_samples(collected, host, logits, num_samples)
-                if collectors:
-                    scores = logits.float().cpu()
-                    for collector in collectors:
-                        collector.add(host, scores)
+                for each in passes:
+                    with precision.autocast():
+                        logits = each.subject.model(batch.images, batch.valid_sizes)
+                    each.add(host, batch, logits)
     finally:
-        model.train(was_training)
-    metrics = computer.compute()
-    scalars = {
-        "val/mAP": metrics["mAP"],
-        "val/f1_macro": metrics["f1_macro"],
-        "val/f1_micro": metrics["f1_micro"],
-        "val/loss": float(total) / metrics["num_images"],
-    }
-    return Evaluation(scalars, metrics, _join_samples(collected), computer)
+        for subject, was_training in zip(subjects, were_training, strict=True):
+            subject.model.train(was_training)
+    return [each.result() for each in passes]
 
 
-class _Sample(NamedTuple):
-    row: int
-    image: Tensor
-    logits: Tensor
-    tags: tuple[int, ...]
+class _Pass:
+    """What is kept of one model while the batches go by."""
 
+    def __init__(self, subject: Subject, num_samples: int) -> None:
+        self.subject = subject
+        self._computer = MetricComputer(subject.num_tags, subject.threshold, logit_thresholds=subject.logit_thresholds)
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._samples = FirstSamples(num_samples)
 
-def _first_samples(collected: list[_Sample], host: Batch, logits: Tensor, count: int) -> list[_Sample]:
-    """The `count` samples of the lowest rows so far: the same images in whatever order the batches come."""
-    if count == 0:
-        return collected
-    limit = collected[-1].row if len(collected) == count else None
-    places = [i for i, row in enumerate(host.row_ids.tolist()) if limit is None or row < limit]
-    if not places:
-        return collected
-    tags, scores = host.tag_lists(), logits[places].float().cpu()
-    found = [_Sample(int(host.row_ids[i]), host.images[i].clone(), scores[n], tags[i]) for n, i in enumerate(places)]
-    return sorted([*collected, *found], key=lambda sample: sample.row)[:count]
+    def add(self, host: Batch, batch: Batch, logits: Tensor) -> None:
+        """Take in a batch on the host, the same on the device, and its logits there."""
+        if self.subject.criterion is not None:
+            self._total += self.subject.criterion(logits, batch.tag_indices, batch.tag_offsets).double().cpu()
+        self._computer.update(logits, host.tag_indices, host.tag_offsets, host.row_ids)
+        self._samples.add(host, logits)
+        if self.subject.collectors:
+            scores = logits.float().cpu()
+            for collector in self.subject.collectors:
+                collector.add(host, scores)
 
-
-def _join_samples(collected: list[_Sample]) -> Samples:
-    if not collected:
-        return Samples((), torch.empty(0, 0), ())
-    _, images, logits, tags = zip(*collected, strict=True)
-    return Samples(images, torch.stack(logits), tags)
+    def result(self) -> Evaluation:
+        """The scores of what was taken in."""
+        metrics = self._computer.compute()
+        scalars = {
+            "val/mAP": metrics["mAP"],
+            "val/f1_macro": metrics["f1_macro"],
+            "val/f1_micro": metrics["f1_micro"],
+        }
+        if self.subject.criterion is not None:
+            scalars["val/loss"] = float(self._total) / metrics["num_images"]
+        return Evaluation(scalars, metrics, self._samples.joined(), self._computer)
 
 
 def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:
@@ -203,209 +220,274 @@ def open_data_and_model(
     return vocabulary, train, validation, model
 
 
-def report(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> dict[str, object]:
-    """The content of `evaluation.json`: the scalars, what each average covers, and every tag's average precision."""
-    counts = {k: v for k, v in evaluation.metrics.items() if k.startswith("num_")}
-    precision = evaluation.metrics["average_precision"].tolist()
-    tags = [
-        {"name": tag, "average_precision": None if np.isnan(ap) else ap}
-        for tag, ap in zip(vocabulary.tags, precision, strict=True)
-    ]
-    return {
-        "format_version": FORMAT_VERSION,
-        "weights": weights,
-        "vocabulary_sha256": vocabulary.sha256,
-        "threshold": evaluation.metrics["threshold"],
-        **evaluation.scalars,
-        **counts,
-        "tags": tags,
-    }
-
-
-def as_table(evaluation: Evaluation, vocabulary: TagVocabulary, weights: str) -> Table:
-    """The scores with what each one covers, and the weakest tags."""
-    metrics, scalars = evaluation.metrics, evaluation.scalars
-    table = Table("score", "value", "covers", title=f"{weights} on {metrics['num_images']} held-out images")
-    table.add_row("val/mAP", f"{scalars['val/mAP']:.4f}", f"{metrics['num_tags_with_positives']} tags with a positive")
-    left_out = (
-        f"{metrics['num_tags_in_f1_macro']} tags ({metrics['num_tags_left_out_of_f1_macro']} never seen, left out)"
-    )
-    at = f"at threshold {metrics['threshold']:g}"
-    table.add_row("val/f1_macro", f"{scalars['val/f1_macro']:.4f}", f"{left_out}, {at}")
-    table.add_row("val/f1_micro", f"{scalars['val/f1_micro']:.4f}", f"all decisions, {at}")
-    table.add_row("val/loss", f"{scalars['val/loss']:.4f}", "sum over tags, mean over images")
-    precision = metrics["average_precision"].numpy()
-    weakest = [i for i in np.argsort(precision, kind="stable") if not np.isnan(precision[i])][:5]
-    for index in weakest:
-        table.add_row("weakest tag", f"{precision[index]:.4f}", vocabulary.tag(int(index)))
-    return table
-
-
-def evaluate_weights(
+def fit_model_thresholds(
     config: FullConfig,
-    run: Path,
-    checkpoint: Path | None,
-    use_ema: bool,
-    num_suspects: int = 0,
-    *,
-    page: Path | None = None,
-    plots: Path | None = None,
-) -> tuple[Evaluation, TagVocabulary, str]:
-    """Score a checkpoint of a run, or the run's model where `checkpoint` is None, and name what was scored.
+    folder: Path,
+    model: nn.Module,
+    beside: DataLoader,
+    stop: Callable[[], bool] = lambda: False,
+) -> TagThresholds:
+    """Thresholds for the model in `folder`, from its scores of the calibration images and as `validation` asks for.
 
-    With `num_suspects`, that many labels which are probably wrong go to `suspects.jsonl` in the run. `page`: a
-    report as HTML; `plots`: a folder for its plots.
+    `model`, on its device, is given that model's weights; `beside` is a loader of the run's images. Raises InputError
+    without calibration images and for a model of another vocabulary, EvaluationStopped when `stop` says so.
     """
-    vocabulary, _, validation, model = open_data_and_model(config, run / "vocabulary.json")
-    found: str | None
-    tensors: Mapping[str, Tensor]
-    if checkpoint is None:
-        artifact = load_artifact(run / "model")
-        found, tensors, name = artifact.vocabulary_sha256, artifact.weights, str(run / "model")
-    else:
-        weights = load_weights(checkpoint, prefer_ema=use_ema)
-        found, tensors, name = weights.vocabulary_sha256, weights.tensors, f"{checkpoint} ({weights.kind} weights)"
-    if found != vocabulary.sha256:
-        raise InputError(f"{name} is of another vocabulary than {run / 'vocabulary.json'}; they do not belong together")
-    model.load_state_dict(tensors)
-    device = resolve_device(config.training.device)
-    suspects = Suspects(len(vocabulary), num_suspects) if num_suspects else None
-    report_of = None if page is None and plots is None else _report_collector(config, validation, page, plots)
-    evaluation = evaluate(
-        model.to(device),
-        validation,
-        build_criterion(config, vocabulary).to(device),
-        MixedPrecisionTrainer(config.training.mixed_precision, device),
-        device,
-        num_tags=len(vocabulary),
-        threshold=config.validation.threshold,
-        collectors=[collector for collector in (suspects, report_of) if collector is not None],
-    )
-    if suspects is not None:
-        facts = {"weights": name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
-        index = validation.dataset.index
-        write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, facts)
-    if report_of is not None:
-        _write_report(report_of, evaluation, validation, run, name)
-    return evaluation, vocabulary, name
-
-
-def _report_collector(
-    config: FullConfig, validation: DataLoader, page: Path | None, plots: Path | None
-) -> ReportCollector:
-    dataset, split, vocabulary = validation.dataset, validation.split, validation.dataset.vocabulary
-    assert split is not None
-    return ReportCollector(
-        page,
-        plots,
-        names=vocabulary.tags,
-        categories=vocabulary.categories,
-        training_counts=dataset.table.count(split.training_rows),
-        num_training_images=len(split.training_rows),
-        logit_thresholds=math.log(config.validation.threshold) - math.log1p(-config.validation.threshold),
-        relations=None if dataset.ontology is None else relate(dataset.ontology, vocabulary.tags),
-    )
-
-
-def _write_report(
-    report_of: ReportCollector, evaluation: Evaluation, validation: DataLoader, run: Path, weights: str
-) -> None:
-    index, split, vocabulary = validation.dataset.index, validation.split, validation.dataset.vocabulary
-    assert split is not None
-    report_of.write(
+    artifact, vocabulary, section = load_artifact(folder), beside.dataset.vocabulary, config.validation
+    if artifact.vocabulary_sha256 != vocabulary.sha256:
+        raise InputError(f"{folder} is of another vocabulary than its run; they do not belong together")
+    calibration = create_part_loader(beside, Part.CALIB)
+    assert calibration.split is not None
+    load_tensors(named_tensors(model), artifact.weights, f"the weights in {folder}")
+    device = next(model.parameters()).device
+    try:
+        evaluation = evaluate(
+            model,
+            calibration,
+            build_criterion(config, vocabulary).to(device),
+            MixedPrecisionTrainer(config.training.mixed_precision, device),
+            device,
+            num_tags=len(vocabulary),
+            threshold=section.threshold,
+            stop=stop,
+        )
+    finally:
+        calibration.close()
+    return fit_thresholds(
         evaluation.computer,
-        title=f"Evaluation of {run.resolve().name}",
-        facts={
-            "weights": weights,
-            "images": f"{evaluation.metrics['num_images']:,} of the {Part.VAL.purpose} part "
-            f"(its hash: {split.part_sha256(Part.VAL)[:12]})",
-            "trained on": f"{len(split.training_rows):,} images",
-            "vocabulary": f"{len(vocabulary):,} tags (hash: {vocabulary.sha256[:12]})",
-            "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        },
-        describe_image=lambda row: (printable(index.image_path(row)), index.rating(row)),
-        everything_in=EVALUATION_FILE,
+        calibration.split,
+        vocabulary.counts,
+        ThresholdGoal(section.threshold_objective, section.threshold_precision, section.threshold_tags_per_image),
+        weights_sha256=artifact.weights_sha256,
+        vocabulary_sha256=artifact.vocabulary_sha256,
     )
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        description="Score a trained model on the held-out images of its run.",
-        epilog="example: python validation_loop.py --run runs/demo",
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, metavar="DIR", help="a run folder; its model/ is scored")
-    source.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="a checkpoint, e.g. runs/demo/checkpoints/step-000000900"
-    )
-    parser.add_argument(
-        "--weights", choices=("ema", "online"), default="ema", help="of a checkpoint (default: ema where kept)"
-    )
-    parser.add_argument(
-        "--output", type=output_file, metavar="FILE", help="where the JSON goes (default: evaluation.json in the run)"
-    )
-    parser.add_argument(
-        "--suspects", type=whole(0), default=0, metavar="N", help=f"write the N most doubtful labels to {SUSPECTS_FILE}"
-    )
-    parser.add_argument(
-        "--report",
-        nargs="?",
-        const=True,
-        type=_page_file,
-        metavar="FILE",
-        help=f"write a page with plots and mistakes (default: {REPORT_FILE} in the run); needs the extra 'report'",
-    )
-    parser.add_argument(
-        "--create-plots", type=output_folder, metavar="DIR", help="write the report's plots as SVG files"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.roots=[/moved/images]"
-    )
-    return parser
+def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:
+    """The run of a place and its settings. Raises InputError for a model folder by itself."""
+    if place.run is None:
+        raise InputError(f"{place.path} is a model without its run, which names the images; use --compare with a run")
+    config = load_config(place.run / "config.yaml", overrides, environment={})
+    check_paths(config)
+    return place.run, config
 
 
-def _page_file(text: str) -> Path:
-    if "=" in text:
-        raise argparse.ArgumentTypeError(f"{text} reads as a setting; put settings first, or name the page's file")
-    return output_file(text)
+def require_vocabulary(weights: NamedWeights, vocabulary: TagVocabulary) -> None:
+    """Raise InputError where weights are of other tags than their run's."""
+    if weights.vocabulary_sha256 != vocabulary.sha256:
+        raise InputError(f"{weights.name} is of another vocabulary than its run has; they do not belong together")
+
+
+def put_weights(model: SimplifiedTagger, weights: NamedWeights, config: FullConfig, device: torch.device) -> nn.Module:
+    """The model on its device with these weights, compiled as in training. Raises InputError where they do not fit."""
+    # Position embeddings of another image size are resized as they are loaded.
+    current, saved = ({k: v for k, v in t.items() if k != "pos_embed"} for t in (named_tensors(model), weights.tensors))
+    check_tensors(current, saved, weights.name)
+    model.load_state_dict(weights.tensors)
+    model.to(device)
+    compile_model(model, config.training.compile, device)
+    return model
+
+
+def choose_images(options: Namespace, validation: DataLoader) -> tuple[DataLoader, NDArray[np.integer]]:
+    """A loader of the part that the options ask for, and which of its rows: all, or some chosen by hash."""
+    part, split = Part[options.part.upper()], validation.split
+    assert split is not None
+    beside = validation if part == Part.VAL else create_part_loader(validation, part)
+    rows = split.rows(part)
+    if options.fraction is not None or options.images is not None:
+        rows = hashed_subset(rows, split.image_ids, fraction=options.fraction, count=options.images)
+    return beside, rows
+
+
+def serve(rows: NDArray[np.integer], config: FullConfig, beside: DataLoader, load: LoadOptions) -> DataLoader:
+    """A loader of some rows of the part that `beside` serves, as the trainer makes it."""
+    batch_size = config.validation.batch_size or config.training.batch_size
+    return DataLoader(beside.dataset, rows, batch_size, load, split=beside.split, quarantine=beside.ledger.quarantine)
+
+
+def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
+    """Score the weights of a run or checkpoint as the options ask: the JSON file that was written, and what to show."""
+    place = find_place(options.run or options.checkpoint)
+    run, config = open_run(place, options.overrides)
+    names = [name for name, default in ((options.part, "val"), (options.mode, "full")) if name != default]
+    output: Path = options.output or output_file(str(run / f"{'-'.join(['evaluation', *names])}.json"))
+    chosen = choose_weights(place, options.weights)
+    vocabulary, train, validation, model = open_data_and_model(config, run / "vocabulary.json")
+    for weights in chosen:
+        require_vocabulary(weights, vocabulary)
+    beside, rows = choose_images(options, validation)
+    loader = serve(rows, config, beside, beside.options)
+    split, part, index, ontology = loader.split, loader.part, loader.dataset.index, loader.dataset.ontology
+    assert split is not None and part is not None
+    if options.mode == "hierarchical" and ontology is None:
+        raise InputError(f"--mode hierarchical: {run} has no ontology; train with vocabulary.ontology_file")
+    relations = None if ontology is None or options.mode == "tags" else relate(ontology, vocabulary.tags)
+    named = [vocabulary.index(tag if ontology is None else ontology.canonical(tag)) for tag in options.tags or ()]
+    num_tags, threshold, trained_on = len(vocabulary), config.validation.threshold, split.training_rows
+    tags = TagList(vocabulary.tags, vocabulary.categories, train.dataset.table.count(trained_on))
+    facts: dict[str, object] = {
+        "mode": options.mode,
+        "run": str(run),
+        "part": options.part,
+        "part_sha256": split.part_sha256(part),
+        "num_images_in_part": len(split.rows(part)),
+        "num_images_chosen": len(rows),
+        "num_training_images": len(trained_on),
+        "vocabulary_sha256": vocabulary.sha256,
+    }
+    device = resolve_device(config.training.device)
+    criterion = build_criterion(config, vocabulary).to(device)
+    # Two models rather than one whose weights are exchanged for each batch: that would copy all weights three times,
+    # and training this model has taken four times their memory.
+    models = [model, *(create_model(model.config) for _ in chosen[1:])]
+    ready = [put_weights(each, weights, config, device) for each, weights in zip(models, chosen, strict=True)]
+    suspects = Suspects(num_tags, options.suspects) if options.suspects else None
+    with contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
+        predictions = None
+        if options.save_predictions is not None:
+            exclusive = vocabulary.rating_indices if config.loss.rating_weight is not None else ()
+            keep, about = Keep(options.min_score, options.top), {**facts, "weights": chosen[0].name}
+            predictions = PredictionFile(options.save_predictions, index, vocabulary.tags, keep, about, exclusive)
+            stack.enter_context(predictions)
+        page: Path | None = output_file(str(run / REPORT_FILE)) if options.report is True else options.report
+        drawn = None
+        if page is not None or options.create_plots is not None:
+            drawn = ReportCollector(
+                page,
+                options.create_plots,
+                names=tags.names,
+                categories=tags.categories,
+                training_counts=tags.training_counts,
+                num_training_images=len(trained_on),
+                logit_thresholds=logit_of(threshold),
+                relations=relations,
+            )
+        others = (suspects, predictions, drawn)
+        watches = [
+            Watch.create(num_tags, threshold, fitted_thresholds(each, split, part), named, relations, others)
+            for each in chosen
+        ]
+        subjects = [
+            Subject(each, criterion, num_tags, threshold, collectors=watch.collectors)
+            for each, watch in zip(ready, watches, strict=True)
+        ]
+        precision = MixedPrecisionTrainer(config.training.mixed_precision, device)
+        evaluations = evaluate_all(subjects, loader, precision, device)
+    results = []
+    for weights, done, watch in zip(chosen, evaluations, watches, strict=True):
+        scalars = {name.replace("val/", f"{options.part}/"): value for name, value in done.scalars.items()}
+        results.append(watch.scores(weights.name, weights.kind, scalars, done.metrics, done.computer, tags))
+    facts["num_images_refused"] = loader.refused
+    write_json(output, evaluation_document(facts, results, tags, index))
+    shown = list(evaluation_tables(facts, results, tags, index))
+    if suspects is not None:
+        about = {"weights": chosen[0].name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
+        write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, about)
+        shown.append(f"the most doubtful labels: {run / SUSPECTS_FILE}")
+    if drawn is not None:
+        drawn.write(
+            evaluations[0].computer,
+            title=f"Evaluation of {run.resolve().name}",
+            facts=page_facts(facts, results[0]),
+            describe_image=lambda row: (printable(index.image_path(row)), index.rating(row)),
+            everything_in=output.name,
+            summary=results[0].summary,
+            scores=results[0].tags,
+            chosen=named,
+        )
+        shown += [
+            f"{what}: {place}" for what, place in (("the report", page), ("the plots", options.create_plots)) if place
+        ]
+    if predictions is not None:
+        shown.append(f"every image's scores: {predictions.path}")
+    return output, shown
+
+
+def open_contender(
+    place: Place, overrides: Sequence[str], beside: DataLoader, home: FullConfig, device: torch.device
+) -> tuple[Contender, LoadOptions, PrecisionMode]:
+    """A model to compare on the images of `beside`, a loader of the run of `home`, and how it sees them."""
+    weights, config, split = choose_weights(place)[0], home, None
+    if place.run is None:
+        assert weights.artifact is not None
+        model = create_model(VisionTransformerConfig.from_dict(weights.artifact.model_config))
+        tags, threshold = tuple(tag.name for tag in weights.artifact.tags), weights.artifact.threshold
+        load = replace(beside.options, preprocess=weights.artifact.preprocess, cache=None)
+    else:
+        run, config = open_run(place, overrides)
+        vocabulary = TagVocabulary.load(run / "vocabulary.json")
+        require_vocabulary(weights, vocabulary)
+        split = split_dataset(config.data, open_dataset(config.data))
+        load = LoadOptions.from_config(config.data, config.model.resolved_patch_size, on_cuda=device.type == "cuda")
+        mean, std = load.preprocess.mean, load.preprocess.std
+        model = create_model(config.model, len(vocabulary), config.data.image_size, mean=mean, std=std)
+        tags, threshold = vocabulary.tags, config.validation.threshold
+    own = None if weights.artifact is None or beside.part == Part.CALIB else weights.artifact.thresholds
+    logits = np.full(len(tags), logit_of(threshold)) if own is None else own.logits
+    ready = put_weights(model, weights, config, device)
+    side = Contender(weights.name, tags, ready, logits, own is not None, split)
+    return side, load, config.training.mixed_precision
+
+
+def compare_places(options: Namespace) -> tuple[Path, list[RenderableType]]:
+    """Score two models on the same images and tags: the JSON file that was written, and what to show."""
+    places = [find_place(path) for path in options.compare]
+    asked = [] if options.run is None else [find_place(options.run)]
+    home = next((place for place in (*asked, *places) if place.run is not None), None)
+    if home is None:
+        raise InputError("--compare of two models without their runs: add --run DIR, whose images both are to score")
+    run, config = open_run(home, options.overrides)
+    output: Path = options.output or output_file(str(run / "comparison.json"))
+    vocabulary, _, validation, _ = open_data_and_model(config, run / "vocabulary.json")
+    beside, rows = choose_images(options, validation)
+    split, part, device = beside.split, beside.part, resolve_device(config.training.device)
+    assert split is not None and part is not None
+    opened = [open_contender(place, options.overrides, beside, config, device) for place in places]
+    sides = [side for side, _, _ in opened]
+    common = common_tags(vocabulary.tags, [side.tags for side in sides])
+    image_ids = split.image_ids[rows]
+    kept = rows[~np.logical_or.reduce([side.was_made_from(image_ids) for side in sides])]
+    if not len(kept):
+        raise InputError(f"none of the {len(rows):,} images is held out by both; compare runs of one split")
+    subjects = []
+    for side in sides:
+        model, thresholds = side.on_tags(common)
+        subjects.append(Subject(model, None, len(common), logit_thresholds=thresholds))
+    numbers = torch.full((len(vocabulary),), -1)
+    numbers[[vocabulary.index(tag) for tag in common]] = torch.arange(len(common))
+    # Images are decoded once where both models see the same pixels.
+    views = [(load.preprocess, load.decoding, load.cache, mode) for _, load, mode in opened]
+    counts: list[MetricComputer] = []
+    for group in [subjects] if views[0] == views[1] else [subjects[:1], subjects[1:]]:
+        _, load, mode = opened[len(counts)]
+        with contextlib.closing(serve(kept, config, beside, load)) as loader:
+            batches = ((batch.with_tags(numbers), position) for batch, position in loader)
+            counts += [e.computer for e in evaluate_all(group, batches, MixedPrecisionTrainer(mode, device), device)]
+    found = compare(counts[0], counts[1])
+    facts = {
+        "run": str(run),
+        "part": options.part,
+        "part_sha256": split.part_sha256(part),
+        "num_images_in_part": len(split.rows(part)),
+        "num_images_chosen": len(rows),
+        "sides": [side.facts(common, image_ids) for side in sides],
+    }
+    write_json(output, comparison_document(facts, found, common))
+    return output, list(comparison_tables(facts, found, common))
 
 
 @command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: prints a table, writes JSON; 0 done, 2 bad input, 1 anything else."""
-    options = _parser().parse_intermixed_args(arguments)
+    """The command: prints tables, writes JSON; 0 done, 2 bad input, 1 anything else."""
+    options = parse_options(arguments)
     log_to_console(logging.WARNING)
-    run: Path = options.run if options.run is not None else options.checkpoint.resolve().parent.parent
-    if options.checkpoint is not None and not options.checkpoint.exists():
-        raise InputError(f"--checkpoint {options.checkpoint} does not exist; give a folder of a run's checkpoints/")
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
-    config = load_config(run / "config.yaml", options.overrides, environment={})
-    check_paths(config)
-    output: Path = options.output or output_file(str(run / EVALUATION_FILE))
-    page: Path | None = output_file(str(run / REPORT_FILE)) if options.report is True else options.report
-    for flag, place in (("--report", page), ("--create-plots", options.create_plots)):
-        if place is not None:
-            require_libraries(flag)
-    evaluation, vocabulary, name = evaluate_weights(
-        config,
-        run,
-        options.checkpoint,
-        options.weights == "ema",
-        options.suspects,
-        page=page,
-        plots=options.create_plots,
-    )
-    write_json(output, report(evaluation, vocabulary, name))
+    output, shown = evaluate_place(options) if options.compare is None else compare_places(options)
     with reader_may_leave():
-        Console().print(as_table(evaluation, vocabulary, name))
-        print(f"every tag's average precision: {output}")
-        if options.suspects:
-            print(f"the most doubtful labels: {run / SUSPECTS_FILE}")
-        if page is not None:
-            print(f"the report: {page}")
-        if options.create_plots is not None:
-            print(f"the plots: {options.create_plots}")
+        console = Console(markup=False, highlight=False)
+        for each in shown:
+            console.print(each)
+        print(f"every number: {output}")
     return 0
 
 

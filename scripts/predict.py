@@ -12,13 +12,14 @@ import numpy as np
 import orjson
 
 from model_architecture import VisionTransformerConfig, create_model
-from tagger.artifact import load_artifact
+from tagger.artifact import Artifact, load_artifact, read_thresholds
 from tagger.command import command
 from tagger.contact_sheet import Card, SheetTag, draw_sheet
 from tagger.data.scan import printable
 from tagger.devices import resolve_device
 from tagger.errors import InputError
-from tagger.options import Parser, number, output_file, whole
+from tagger.metrics.thresholds import TagThresholds
+from tagger.options import Parser, input_file, number, output_file, whole
 from tagger.output import reader_may_leave
 from tagger.predict import Prediction, Tagger, Unreadable, find_images
 from tagger.run_folder import describe_run, model_dir
@@ -60,6 +61,18 @@ def as_card(prediction: Prediction) -> Card:
     return Card(image, printable(prediction.path.name), tags, len(prediction.tags) - len(tags))
 
 
+def _thresholds(options: argparse.Namespace, artifact: Artifact) -> tuple[float | TagThresholds, str]:
+    """What a tag must reach, and that in words."""
+    chosen: float | TagThresholds | None = options.threshold
+    if options.thresholds is not None:
+        chosen = read_thresholds(options.thresholds, artifact.weights_sha256, artifact.vocabulary_sha256)
+    elif chosen is None:
+        chosen = artifact.thresholds or artifact.threshold
+    if isinstance(chosen, TagThresholds):
+        return chosen, f"tags at or above their own thresholds ({chosen.goal.describe()})"
+    return chosen, f"tags at or above {chosen:.2f}"
+
+
 def tag_images(options: argparse.Namespace) -> int:
     """Tag what the options name and write it out; the exit code. Raises InputError for what the user can mend."""
     paths = find_images(options.images)
@@ -69,9 +82,10 @@ def tag_images(options: argparse.Namespace) -> int:
     model = create_model(VisionTransformerConfig.from_dict(artifact.model_config))
     device = resolve_device(options.device)
     tagger = Tagger(model, artifact, device, options.batch_size, closure=options.closure)
+    threshold, shown = _thresholds(options, artifact)
     cards: list[Card] = []
     num_unreadable = 0
-    for outcome in tagger.predict(paths, options.threshold, options.top):
+    for outcome in tagger.predict(paths, threshold, options.top):
         if isinstance(outcome, Unreadable):
             num_unreadable += 1
             print(f"{printable(outcome.path)}: {outcome.reason}", file=sys.stderr)
@@ -80,8 +94,7 @@ def tag_images(options: argparse.Namespace) -> int:
         if options.sheet is not None and len(cards) < SHEET_IMAGES:
             cards.append(as_card(outcome))
     if cards:
-        threshold = artifact.threshold if options.threshold is None else options.threshold
-        draw_sheet(cards, artifact.metadata["run"], f"tags at or above {threshold:.2f}").save(options.sheet)
+        draw_sheet(cards, artifact.metadata["run"], shown).save(options.sheet)
         more = f" (the first {len(cards)} of {len(paths)} images)" if len(paths) - num_unreadable > len(cards) else ""
         print(f"picture: {options.sheet}{more}", file=sys.stderr)
     if num_unreadable:
@@ -98,8 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders of them"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line: path, tags with name and score")
-    parser.add_argument(
+    limits = parser.add_mutually_exclusive_group()
+    limits.add_argument(
         "--threshold", type=number(least=0, most=1), metavar="P", help="lowest score shown, 0..1 (default: the model's)"
+    )
+    limits.add_argument(
+        "--thresholds", type=input_file, metavar="FILE", help="other thresholds of this model (scripts.fit_thresholds)"
     )
     parser.add_argument(
         "--closure", action="store_true", help="raise each tag to the score of tags that imply it (model's ontology)"

@@ -28,7 +28,7 @@ from tagger.record import Record
 from tagger.run_folder import RunResults, model_dir, results_path
 from training_utils import resolve_device
 
-EVALUATION_FORMAT_VERSION = 1
+EVALUATION_FORMAT_VERSION = 2
 
 
 def pick_held_out(config: FullConfig, count: int) -> list[Record]:
@@ -44,7 +44,8 @@ def tagged_table(run: Path, config: FullConfig, records: Sequence[Record]) -> Ta
     artifact = load_artifact(model_dir(run))
     model = create_model(VisionTransformerConfig.from_dict(artifact.model_config))
     tagger = Tagger(model, artifact, resolve_device(config.training.device))
-    title = f"held-out images, tags scored at least {artifact.threshold:g}"
+    limit = f"{artifact.threshold:g}" if artifact.thresholds is None else "the threshold of the tag"
+    title = f"held-out images, tags scored at least {limit}"
     paths = [Path(record.image_path) for record in records]
     columns = (Column(name, overflow="fold") for name in ("image", "tags given", "tags it has"))
     table = Table(*columns, title=title, show_lines=True)

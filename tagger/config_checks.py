@@ -117,3 +117,34 @@ def split_settings(
         f"data.test_fraction={test_fraction} leave no image for training",
         "lower one of them",
     )
+
+
+def whole_patches(image_size: int, patch_size: int, *, buckets: bool) -> None:
+    """Images are whole patches, and for aspect buckets there are enough of them."""
+    below = image_size // patch_size * patch_size
+    require(
+        image_size == below,
+        f"data.image_size={image_size} is not a multiple of model.patch_size={patch_size}",
+        f"use {below} or {below + patch_size}" if below else f"use {patch_size}",
+    )
+    require(
+        not buckets or image_size >= 3 * patch_size,
+        f"data.fit=buckets needs at least 3 patches a side; data.image_size={image_size} has "
+        f"{image_size // patch_size} of model.patch_size={patch_size}",
+        f"use data.image_size={3 * patch_size} or more, or data.fit=letterbox",
+    )
+
+
+def threshold_goal(objective: str, precision: float, tags_per_image: float | None) -> None:
+    """What thresholds are fitted for is a goal that can be reached for."""
+    require(
+        0 < precision <= 1,
+        f"validation.threshold_precision={precision} is not above 0 and at most 1",
+        "0.9 lets one of ten tags given be wrong",
+    )
+    positive("validation", threshold_tags_per_image=tags_per_image)
+    require(
+        (objective == "tags_per_image") == (tags_per_image is not None),
+        f"validation.threshold_objective={objective} with validation.threshold_tags_per_image={tags_per_image}",
+        "tags_per_image needs a number, e.g. 20, and the other objectives take null",
+    )

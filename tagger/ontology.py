@@ -23,7 +23,7 @@ ONTOLOGY_FILE = "ontology.json"  # the copy in a run's folder and in a model's
 # A chain of 3,000 tags, or 100,000 tags with 50 ancestors each; real ontologies stay below a tenth of it.
 MAX_CLOSURE_PAIRS = 5_000_000
 
-Value = TypeVar("Value", np.float32, np.float64, np.bool_)
+Value = TypeVar("Value", np.float32, np.float64, np.int16, np.bool_)
 
 
 class OntologyError(InputError):

@@ -18,6 +18,8 @@ from tagger.artifact import Artifact
 from tagger.data.decode import DecodeError, DecodeOptions, decode
 from tagger.data.scan import image_suffixes, printable
 from tagger.errors import InputError
+from tagger.metrics.keys import logit_of, lowest_keys, to_keys
+from tagger.metrics.thresholds import TagThresholds
 from tagger.module_state import load_tensors, named_tensors
 from tagger.ontology import TagRelations, close_up, relate
 
@@ -93,25 +95,27 @@ class Tagger:
         self._exclusive = ratings if artifact.metadata.get("exclusive_ratings", False) else []
 
     def predict(
-        self, paths: Sequence[Path], threshold: float | None = None, top: int | None = None
+        self, paths: Sequence[Path], threshold: float | TagThresholds | None = None, top: int | None = None
     ) -> Iterator[Prediction | Unreadable]:
         """An outcome for each path, in order.
 
-        A prediction has the tags at or above `threshold` (None: the artifact's), at most `top` of them. Ratings that
-        exclude each other do not compete with the threshold: the most probable one is given.
+        A prediction has the tags at or above `threshold`, at most `top` of them: one probability for all, 0..1, or the
+        tags' own; None: the artifact's own, or its one for all. Compared in 16 bits, as evaluation counts. With closure
+        a tag is given, too, where one that implies it is. Ratings that exclude each other do not compete with
+        thresholds: the most probable one is given. Raises FormatError for thresholds of another model.
         """
-        limit = self._artifact.threshold if threshold is None else threshold
+        lowest = self._lowest_keys(threshold)
         with ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode") as pool:
             ahead = self._submit(pool, paths, 0)
             for start in range(0, len(paths), self._num_held):
                 prepared = [future.result() for future in ahead]
                 ahead = self._submit(pool, paths, start + self._num_held)
-                scores = self._score_by_shape(prepared)
+                scores = self._score_by_shape(prepared, lowest)
                 for place, item in enumerate(prepared):
                     if isinstance(item, Unreadable):
                         yield item
                     else:
-                        yield Prediction(item.path, self._select(scores[place], limit, top), item.image)
+                        yield Prediction(item.path, self._select(*scores[place], top), item.image)
 
     def _submit(
         self, pool: ThreadPoolExecutor, paths: Sequence[Path], start: int
@@ -131,22 +135,36 @@ class Tagger:
         image, valid_size = preprocess.apply(decoded.pixels, decoded.full_size)
         return _Prepared(path, image, valid_size)
 
-    def _score_by_shape(self, prepared: Sequence[_Prepared | Unreadable]) -> dict[int, NDArray[np.float32]]:
-        """Probabilities [C] of each readable image, by its place."""
+    def _lowest_keys(self, threshold: float | TagThresholds | None) -> NDArray[np.int16]:
+        """The lowest key, int16 [C], with which each tag is given."""
+        artifact = self._artifact
+        if threshold is None:
+            threshold = artifact.threshold if artifact.thresholds is None else artifact.thresholds
+        if not isinstance(threshold, TagThresholds):
+            return lowest_keys(np.full(len(artifact.tags), logit_of(threshold)))
+        threshold.require_model("the thresholds", artifact.weights_sha256, artifact.vocabulary_sha256)
+        return lowest_keys(threshold.logits)
+
+    def _score_by_shape(
+        self, prepared: Sequence[_Prepared | Unreadable], lowest: NDArray[np.int16]
+    ) -> dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """Of each readable image, by its place: probabilities [C] and which tags are given, bool [C]."""
         places: dict[torch.Size, list[int]] = {}
         for place, item in enumerate(prepared):
             if isinstance(item, _Prepared):
                 places.setdefault(item.image.shape, []).append(place)
-        scores: dict[int, NDArray[np.float32]] = {}
+        scores: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
         for alike in places.values():
             for start in range(0, len(alike), self._batch_size):
                 chosen = alike[start : start + self._batch_size]
                 images = [item for item in map(prepared.__getitem__, chosen) if isinstance(item, _Prepared)]
-                scores.update(zip(chosen, self._score(images), strict=True))
+                scores.update(zip(chosen, zip(*self._score(images, lowest), strict=True), strict=True))
         return scores
 
-    def _score(self, prepared: Sequence[_Prepared]) -> NDArray[np.float32]:
-        """Probabilities [B, C]."""
+    def _score(
+        self, prepared: Sequence[_Prepared], lowest: NDArray[np.int16]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Probabilities [B, C] and which tags are given, bool [B, C]."""
         images = torch.stack([item.image for item in prepared]).to(self._device)
         valid_sizes = torch.tensor([item.valid_size for item in prepared], dtype=torch.int32).to(self._device)
         with torch.inference_mode():
@@ -154,8 +172,16 @@ class Tagger:
             scores = logits.sigmoid()
             if self._exclusive:
                 scores[:, self._exclusive] = logits[:, self._exclusive].softmax(dim=1)
+            keys: NDArray[np.int16] = to_keys(logits).cpu().numpy()
         array: NDArray[np.float32] = scores.cpu().numpy()
-        return array if self._relations is None else close_up(array, self._relations)
+        if self._relations is not None:
+            array, keys = close_up(array, self._relations), close_up(keys, self._relations)
+        given = keys >= lowest
+        if self._exclusive:
+            ratings = np.array(self._exclusive)
+            given[:, ratings] = False
+            given[np.arange(len(given)), ratings[array[:, ratings].argmax(axis=1)]] = True
+        return array, given if self._relations is None else close_up(given, self._relations)
 
     def _find_relations(self) -> TagRelations:
         artifact = self._artifact
@@ -166,12 +192,8 @@ class Tagger:
             )
         return relate(artifact.ontology, [tag.name for tag in artifact.tags])
 
-    def _select(self, scores: NDArray[np.float32], threshold: float, top: int | None) -> tuple[ScoredTag, ...]:
-        chosen = scores >= threshold
-        if self._exclusive:
-            chosen[self._exclusive] = False
-            chosen[self._exclusive[int(scores[self._exclusive].argmax())]] = True
-        indices = np.flatnonzero(chosen)
+    def _select(self, scores: NDArray[np.float32], given: NDArray[np.bool_], top: int | None) -> tuple[ScoredTag, ...]:
+        indices = np.flatnonzero(given)
         # Equal scores keep the order of the vocabulary.
         ranked = indices[np.argsort(-scores[indices], kind="stable")][:top]
         tags = self._artifact.tags

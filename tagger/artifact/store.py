@@ -6,16 +6,18 @@
     preprocess.json     how an image becomes the model's input
     selected_tags.csv   the tags for other programs; not read here
     ontology.json       what the tags mean to each other; only where the run was given an ontology
+    thresholds.json     each tag's threshold, bound to the weights; only where calibration images were held out
 
 Refuses a folder whose parts were exchanged, changed or damaged after they were written, and one of a newer version.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
@@ -29,6 +31,7 @@ from tagger.artifact.tags import TagRow, read_tags, tags_sha256, tags_table
 from tagger.checkpoint.format import write_tensors
 from tagger.checkpoint.writer import fsync_folder
 from tagger.files import FormatError, read_json
+from tagger.metrics.thresholds import TagThresholds
 from tagger.module_state import clean_name
 from tagger.ontology import ONTOLOGY_FILE, Ontology
 from tagger.ontology_file import read_ontology
@@ -42,6 +45,7 @@ CONFIG_FILE = "config.json"
 VOCABULARY_FILE = "vocabulary.json"
 PREPROCESS_FILE = "preprocess.json"
 TABLE_FILE = "selected_tags.csv"
+THRESHOLDS_FILE = "thresholds.json"
 _HASHED = (WEIGHTS_FILE, VOCABULARY_FILE, PREPROCESS_FILE)
 
 
@@ -51,7 +55,7 @@ class ArtifactMetadata(TypedDict):
     run: str
     step: int
     threshold: float
-    """The score, 0..1, at or above which a tag counts as present."""
+    """The score, 0..1, at or above which a tag counts as present where there is no threshold of its own."""
     vocabulary_sha256: str
     metric: str | None
     """The validation score that chose these weights, e.g. "val/mAP"; None where none did."""
@@ -72,11 +76,13 @@ class Artifact:
     vocabulary_sha256: str
     preprocess: Preprocess
     metadata: ArtifactMetadata
+    weights_sha256: str
     ontology: Ontology | None = None
+    thresholds: TagThresholds | None = None
 
     @property
     def threshold(self) -> float:
-        """The score, 0..1, at or above which a tag counts as present."""
+        """The score, 0..1, at or above which a tag counts as present where there is no threshold of its own."""
         return self.metadata["threshold"]
 
 
@@ -97,11 +103,7 @@ def save_artifact(
     then stays).
     """
     _check_parts(model_config, tags, vocabulary_file, metadata)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _settle(folder)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
+    with _new_folder(folder) as temporary:
         hashes = {
             WEIGHTS_FILE: _write_weights(temporary / WEIGHTS_FILE, weights),
             VOCABULARY_FILE: _write(temporary / VOCABULARY_FILE, vocabulary_file.read_bytes()),
@@ -119,12 +121,23 @@ def save_artifact(
             "files_sha256": hashes,
         }
         _write(temporary / CONFIG_FILE, _json(config))
-        fsync_folder(temporary)
-        _replace_folder(folder, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_folder(folder.parent)
+
+
+def attach_thresholds(folder: Path, thresholds: TagThresholds) -> None:
+    """Put thresholds into a model folder, in place of older ones; a reader finds the old model or the new one.
+
+    The one for all tags together becomes the model's `threshold`. Raises FormatError where they are of another model.
+    """
+    artifact = load_artifact(folder)
+    thresholds.require_model("the thresholds", artifact.weights_sha256, artifact.vocabulary_sha256)
+    config = read_json(artifact.folder / CONFIG_FILE, "model configuration", FORMAT_VERSION)
+    with _new_folder(folder) as temporary:
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in (CONFIG_FILE, THRESHOLDS_FILE):
+                _copy(path, temporary / path.name)
+        written = _write(temporary / THRESHOLDS_FILE, thresholds.to_json())
+        config["files_sha256"] = {**config["files_sha256"], THRESHOLDS_FILE: written}
+        _write(temporary / CONFIG_FILE, _json({**config, "threshold": thresholds.global_probability}))
 
 
 def load_artifact(folder: Path) -> Artifact:
@@ -135,8 +148,8 @@ def load_artifact(folder: Path) -> Artifact:
     config = read_json(folder / CONFIG_FILE, "model configuration", FORMAT_VERSION)
     try:
         written = config["files_sha256"]
-        parts = (*_HASHED, ONTOLOGY_FILE) if ONTOLOGY_FILE in written else _HASHED
-        hashes = {name: str(written[name]) for name in parts}
+        optional = [name for name in (ONTOLOGY_FILE, THRESHOLDS_FILE) if name in written]
+        hashes = {name: str(written[name]) for name in (*_HASHED, *optional)}
         model_config = dict(config["model_args"])
         num_classes = int(config["num_classes"])
         architecture = str(config["architecture"])
@@ -154,6 +167,9 @@ def load_artifact(folder: Path) -> Artifact:
             f"{folder / VOCABULARY_FILE} has {len(tags)} tags and another vocabulary than the model, which has "
             f"{num_classes}; take the run's own copy"
         )
+    thresholds = None
+    if THRESHOLDS_FILE in hashes:
+        thresholds = read_thresholds(folder / THRESHOLDS_FILE, hashes[WEIGHTS_FILE], metadata["vocabulary_sha256"])
     return Artifact(
         folder=folder,
         weights=_read_weights(folder / WEIGHTS_FILE),
@@ -163,8 +179,17 @@ def load_artifact(folder: Path) -> Artifact:
         vocabulary_sha256=metadata["vocabulary_sha256"],
         preprocess=Preprocess.load(folder / PREPROCESS_FILE),
         metadata=metadata,
+        weights_sha256=hashes[WEIGHTS_FILE],
         ontology=read_ontology(folder / ONTOLOGY_FILE) if ONTOLOGY_FILE in hashes else None,
+        thresholds=thresholds,
     )
+
+
+def read_thresholds(path: Path, weights_sha256: str, vocabulary_sha256: str) -> TagThresholds:
+    """Thresholds of the model with these hashes; FormatError for those of another, and for a file that is none."""
+    thresholds = TagThresholds.load(path)
+    thresholds.require_model(f"thresholds {path}", weights_sha256, vocabulary_sha256)
+    return thresholds
 
 
 def _check_parts(
@@ -192,6 +217,23 @@ def _read_metadata(config: Mapping[str, object]) -> ArtifactMetadata:
         metric_value=float(value) if isinstance(value, int | float) and math.isfinite(value) else None,
         exclusive_ratings=bool(config.get("exclusive_ratings", False)),
     )
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name of `folder` once it is whole and on the disk; removed where it is not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _settle(folder)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_folder(temporary)
+        _replace_folder(folder, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)
 
 
 def _set_aside(folder: Path) -> Path:
@@ -238,6 +280,13 @@ def _write(path: Path, content: bytes) -> str:
         stream.flush()
         os.fsync(stream.fileno())
     return hashlib.sha256(content).hexdigest()
+
+
+def _copy(path: Path, target: Path) -> None:
+    with path.open("rb") as source, target.open("xb") as stream:
+        shutil.copyfileobj(source, stream, 1 << 20)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _json(content: Mapping[str, object]) -> bytes:

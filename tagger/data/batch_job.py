@@ -36,7 +36,7 @@ Flags = NDArray[np.bool_]
 _DISTINCT_ATTEMPTS = 16
 # More refusals in a row than any failure budget puts up with: whoever judges the batch then ends the run.
 _MAX_ATTEMPTS = 64
-_ROWS_COUNTED_AT_A_TIME = 1 << 16
+_ROWS_AT_A_TIME = 1 << 18
 
 
 class Coin(Protocol):
@@ -89,15 +89,6 @@ class TagTable:
         known = tags >= 0
         return tags[known], places[known]
 
-    def count(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
-        """int64 [C]: how many of the rows have each tag, ratings included."""
-        counts = np.zeros(self.num_tags, dtype=np.int64)
-        for start in range(0, len(rows), _ROWS_COUNTED_AT_A_TIME):
-            part = rows[start : start + _ROWS_COUNTED_AT_A_TIME].astype(np.int64)
-            tags, _ = self.tags(part, np.zeros(len(part), np.bool_), None)
-            counts += np.bincount(tags, minlength=self.num_tags)
-        return counts
-
     def tags(
         self, rows: Rows, mirrored: Flags, mirror_of: NDArray[np.int32] | None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -112,6 +103,15 @@ class TagTable:
         if mirror_of is not None:
             tags = np.where(mirrored[places], mirror_of[tags], tags)
         return pack(tags, places, len(rows), self.num_tags)
+
+    def count(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """How many of some rows carry each tag of the vocabulary, int64 [C]."""
+        found = np.zeros(self.num_tags, dtype=np.int64)
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            part = np.asarray(rows[start : start + _ROWS_AT_A_TIME], dtype=np.int64)
+            tags, _ = self.tags(part, np.zeros(len(part), dtype=np.bool_), None)
+            found += np.bincount(tags, minlength=self.num_tags)
+        return found
 
 
 def _or_minus_1(number: int | None) -> int:

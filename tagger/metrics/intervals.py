@@ -9,6 +9,7 @@ and would shift percentiles. The order of the images changes nothing. Refuses an
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ import numpy.typing as npt
 from tagger.metrics.keys import KEY_OFFSET, MAX_KEY, NUM_KEYS, Keys
 from tagger.metrics.ranking import RankedPositives, ScoredImages, rank_positives
 
-_Z = 1.959963984540054
-_SEED = 20_231
+Z = 1.959963984540054
+SEED = 20_231
 # Work (images x tags x draws) that takes a second or two; beyond it mAP's interval follows from influences.
 _DRAWS_AFFORDABLE = 500_000_000
 # Images x draws of the table that says how often each draw has each image: 128 MiB.
@@ -43,14 +44,14 @@ class Interval:
     num_images: int
 
 
-def intervals(scored: ScoredImages, draws: int = 1000, map_draws: int = 200, seed: int = _SEED) -> dict[str, Interval]:
+def intervals(scored: ScoredImages, draws: int = 1000, map_draws: int = 200, seed: int = SEED) -> dict[str, Interval]:
     """Intervals of "mAP", "f1_micro", "f1_per_image", "tags_per_image" and "predicted_per_image"."""
     if scored.num_images == 0:
         raise ValueError("no image to draw; evaluate at least one")
     return {"mAP": map_interval(scored, map_draws, seed), **per_image_intervals(scored, draws, seed)}
 
 
-def per_image_intervals(scored: ScoredImages, draws: int = 1000, seed: int = _SEED) -> dict[str, Interval]:
+def per_image_intervals(scored: ScoredImages, draws: int = 1000, seed: int = SEED) -> dict[str, Interval]:
     """Percentile intervals of what follows from the per-image counters, by an exact bootstrap."""
     counters = np.stack([scored.per_image(name) for name in ("hits", "predicted", "present")])
     distinct, times = np.unique(counters, axis=1, return_counts=True)
@@ -72,27 +73,37 @@ def per_image_intervals(scored: ScoredImages, draws: int = 1000, seed: int = _SE
     return {name: _percentiles(float(values[0]), values[1:], num_images) for name, values in scores.items()}
 
 
-def map_interval(scored: ScoredImages, draws: int = 200, seed: int = _SEED) -> Interval:
+def map_interval(scored: ScoredImages, draws: int = 200, seed: int = SEED) -> Interval:
     """mAP's interval by drawing images where their keys are kept and that is affordable, else by influence."""
     ranked, _ = rank_positives(scored.positives(), scored.store)
     known = ranked.average_precision[ranked.present > 0]
     if not len(known):
         return Interval(None, None, None, None, "bootstrap", scored.num_images)
     value = float(known.mean())
-    work = scored.num_images * draws
-    if scored.store.keys is not None and work <= _TABLE_AFFORDABLE and work * scored.num_tags <= _DRAWS_AFFORDABLE:
+    if can_draw(scored, draws):
         drawn = bootstrap_map(scored, draws, seed)
         error, method, used = float(np.std(drawn, ddof=1)), "bootstrap", scored.num_images
     else:
-        affordable = max(1, _INFLUENCES_AFFORDABLE // scored.num_tags)
-        places, influence = image_influence(scored, ranked, affordable)
+        places, influence = image_influence(scored, ranked, influence_size(scored))
         used = len(places)
         method = "influence" if used == scored.num_images else "influence of a sample of images"
         error = math.sqrt(scored.num_images / used * math.fsum((influence**2).tolist()))
-    return Interval(value, max(0.0, value - _Z * error), min(1.0, value + _Z * error), error, method, used)
+    return Interval(value, max(0.0, value - Z * error), min(1.0, value + Z * error), error, method, used)
 
 
-def bootstrap_map(scored: ScoredImages, draws: int, seed: int = _SEED) -> npt.NDArray[np.float64]:
+def can_draw(scored: ScoredImages, draws: int) -> bool:
+    """Whether drawing images and ranking them anew so often takes a few seconds at most."""
+    work = scored.num_images * draws
+    affordable = work <= _TABLE_AFFORDABLE and work * scored.num_tags <= _DRAWS_AFFORDABLE
+    return scored.store.keys is not None and affordable
+
+
+def influence_size(scored: ScoredImages) -> int:
+    """Of how many images the influence is looked up."""
+    return max(1, _INFLUENCES_AFFORDABLE // scored.num_tags)
+
+
+def bootstrap_map(scored: ScoredImages, draws: int, seed: int = SEED) -> npt.NDArray[np.float64]:
     """mAP of sets of as many images drawn with replacement, float64 [draws]; needs stored keys.
 
     Each set's mean is over the tags that have a positive in it. Images are drawn in the order of their ids.
@@ -130,6 +141,17 @@ def image_influence(
 
     Over all images it sums to 0, and its squares to mAP's variance.
     """
+    places, by_tag = tag_influences(scored, ranked, size)
+    influence = np.zeros(len(places))
+    for _, own in by_tag:
+        influence += own
+    return places, influence / np.count_nonzero(ranked.present)
+
+
+def tag_influences(
+    scored: ScoredImages, ranked: RankedPositives, size: int | None = None
+) -> tuple[npt.NDArray[np.int64], Iterator[tuple[int, npt.NDArray[np.float64]]]]:
+    """The same places, and for each tag with a positive, in order, the derivative of its AP by each one's weight."""
     places, columns = scored.store.sample(size)
     codes, images = scored.positives_by_image()
     position = np.full(scored.num_images, -1)
@@ -137,12 +159,18 @@ def image_influence(
     codes, images = codes[position[images] >= 0], position[images[position[images] >= 0]]
     order = np.argsort(codes, kind="stable")
     codes, images = codes[order], images[order]
-    own_bounds = np.searchsorted(codes // NUM_KEYS, np.arange(scored.num_tags + 1))
-    bounds = np.searchsorted(ranked.tags, np.arange(scored.num_tags + 1))
+    return places, _tag_influences(ranked, columns, codes, images)
+
+
+def _tag_influences(
+    ranked: RankedPositives, columns: Keys, codes: npt.NDArray[np.int64], images: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    """columns: keys int16 [C, n]. codes, images: the sample's positives in ascending order, and the column of each."""
+    tags = np.arange(len(columns) + 1)
+    own_bounds, bounds = np.searchsorted(codes // NUM_KEYS, tags), np.searchsorted(ranked.tags, tags)
     # What an image below a positive does not change, one at or above it does: sums over the positives up to a key.
     for_hits = ranked.times / ranked.counts_from
     for_counts = for_hits * ranked.precision
-    influence = np.zeros(len(places))
     for tag in np.flatnonzero(ranked.present).tolist():
         part = slice(bounds[tag], bounds[tag + 1])
         cells = (ranked.codes[part] % NUM_KEYS).astype(np.int64)
@@ -154,8 +182,7 @@ def image_influence(
         place = np.searchsorted(ranked.codes[part], codes[own])
         gain = ranked.precision[part] - ranked.average_precision[tag] + np.cumsum(for_hits[part])
         change[images[own]] += gain[place]
-        influence += change / ranked.present[tag]
-    return places, influence / np.count_nonzero(ranked.present)
+        yield tag, change / ranked.present[tag]
 
 
 def _drawn_average_precision(

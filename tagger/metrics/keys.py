@@ -5,6 +5,8 @@ A key is a logit's float16 as a signed integer: its magnitude's bits with its si
 largest number, infinite ones too. Refuses NaN, which has no rank.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -70,3 +72,15 @@ def lowest_keys(logits: npt.ArrayLike) -> npt.NDArray[np.int16]:
     if np.isnan(wanted).any():
         raise ValueError("a threshold is NaN; expected logits")
     return (np.searchsorted(_LOGITS, wanted, side="left") - MAX_KEY).astype(np.int16)
+
+
+def logit_of(probability: float) -> float:
+    """The logit of a threshold that is given as a probability, 0..1: -inf for 0 and inf for 1."""
+    if probability in (0, 1):
+        return math.inf if probability else -math.inf
+    return math.log(probability) - math.log1p(-probability)
+
+
+def probability_of(logit: float) -> float:
+    """The probability, 0..1, of a threshold that is given as a logit."""
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))

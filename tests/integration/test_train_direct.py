@@ -202,6 +202,17 @@ def test_early_stopping_ends_the_run(images: Path, tmp_path: Path) -> None:
     assert results_of(folder)["status"] == "completed"
 
 
+def test_patience_counts_validations_and_not_epochs(images: Path, tmp_path: Path) -> None:
+    words = ("training.early_stopping_patience=1", "training.early_stopping_min_delta=10", "training.num_epochs=9")
+    folder = run(images, tmp_path, "seldom", *words, "validation.every_epochs=2", "checkpoint.best_metric=val/loss")
+    steps_an_epoch = 5
+    validated = [line for line in lines_of(folder) if "val/loss" in line]
+    assert [line["step"] for line in validated] == [2 * steps_an_epoch, 4 * steps_an_epoch]
+    best = min(validated, key=lambda line: line["val/loss"])
+    found = results_of(folder)["best"]
+    assert found == {"metric": "val/loss", "value": best["val/loss"], "step": best["step"]}
+
+
 def test_validate_only_checks_and_writes_nothing(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

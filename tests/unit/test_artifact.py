@@ -7,13 +7,25 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+import orjson
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from model_architecture import VisionTransformerConfig, create_model
-from tagger.artifact import Artifact, ArtifactMetadata, TagRow, load_artifact, save_artifact, store
-from tagger.files import FormatError
+from tagger.artifact import (
+    Artifact,
+    ArtifactMetadata,
+    TagRow,
+    attach_thresholds,
+    load_artifact,
+    read_thresholds,
+    save_artifact,
+    store,
+)
+from tagger.files import FormatError, NewerFormatError
+from tagger.metrics.thresholds import TagThresholds, ThresholdGoal
 from tagger.preprocess import Preprocess
 from vocabulary import TagVocabulary
 
@@ -209,3 +221,87 @@ def test_parts_that_do_not_belong_together_are_not_written(tmp_path: Path) -> No
         with pytest.raises(ValueError, match="tags"):
             save(tmp_path / "model", **changes)
     assert not (tmp_path / "model").exists()
+
+
+def thresholds_for(artifact: Artifact, **changes: object) -> TagThresholds:
+    parts = {
+        "logits": np.array([-3.0, -0.5, 0.0, 0.25, 7.125]),
+        "support": np.array([9, 0, 1, 2, 3]),
+        "global_logit": -1.0,
+        "goal": ThresholdGoal("precision", precision=0.8),
+        "num_images": 40,
+        "on_calib": {"f1_macro": 0.5, "f1_micro": None},
+        "weights_sha256": artifact.weights_sha256,
+        "vocabulary_sha256": artifact.vocabulary_sha256,
+        "calib_sha256": "0" * 64,
+    }
+    return TagThresholds(**{**parts, **changes})  # type: ignore[arg-type]
+
+
+def test_thresholds_go_with_the_model_and_leave_the_rest_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    weights = save(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    assert load_artifact(folder).thresholds is None
+    for goal in (ThresholdGoal("precision", precision=0.8), ThresholdGoal()):
+        wanted = thresholds_for(load_artifact(folder), goal=goal)
+        attach_thresholds(folder, wanted)
+        artifact = load_artifact(folder)
+        assert artifact.thresholds is not None and artifact.thresholds.goal == goal
+        assert np.array_equal(artifact.thresholds.logits, wanted.logits)
+        assert artifact.threshold == artifact.thresholds.global_probability == pytest.approx(0.26894142)
+        assert equal(artifact, weights) and artifact.metadata["step"] == 900
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert {path.name for path in folder.iterdir()} == {*before, "config.json", "thresholds.json", "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "vocabulary.json"}
+
+
+def test_thresholds_of_another_model_do_not_come_with_this_one(tmp_path: Path) -> None:
+    save(tmp_path / "one")
+    save(tmp_path / "two", seed=1)
+    one, two = load_artifact(tmp_path / "one"), load_artifact(tmp_path / "two")
+    before = (tmp_path / "two" / "config.json").read_bytes()
+    with pytest.raises(FormatError, match="fitted for other weights"):
+        attach_thresholds(tmp_path / "two", thresholds_for(one))
+    with pytest.raises(FormatError, match="of another vocabulary"):
+        attach_thresholds(tmp_path / "two", thresholds_for(two, vocabulary_sha256="1" * 64))
+    assert (tmp_path / "two" / "config.json").read_bytes() == before and load_artifact(tmp_path / "two")
+    attach_thresholds(tmp_path / "one", thresholds_for(one))
+    with pytest.raises(FormatError, match=r"thresholds\.json were fitted for other weights"):
+        read_thresholds(tmp_path / "one" / "thresholds.json", two.weights_sha256, two.vocabulary_sha256)
+
+
+@pytest.mark.parametrize("change", [{"global_logit": -2.0}, {"format_version": 2}], ids=str)
+def test_thresholds_that_were_exchanged_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = tmp_path / "model"
+    save(folder)
+    attach_thresholds(folder, thresholds_for(load_artifact(folder)))
+    path = folder / "thresholds.json"
+    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), **change}))
+    with pytest.raises(FormatError, match=r"thresholds\.json is not the file that was written with this model"):
+        load_artifact(folder)
+    if "format_version" in change:
+        with pytest.raises(NewerFormatError, match="update the program"):
+            TagThresholds.load(path)
+    path.unlink()
+    with pytest.raises(FormatError, match=r"thresholds\.json is missing"):
+        load_artifact(folder)
+
+
+def test_a_full_disk_while_thresholds_are_written_leaves_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    weights = save(folder)
+    wanted = thresholds_for(load_artifact(folder))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_copy", full)
+    with pytest.raises(OSError, match="No space"):
+        attach_thresholds(folder, wanted)
+    artifact = load_artifact(folder)
+    assert equal(artifact, weights) and artifact.thresholds is None
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "vocabulary.json"}

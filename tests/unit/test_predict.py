@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation_metrics import MetricComputer
 from model_architecture import SimplifiedTagger, VisionTransformerConfig, create_model
 from scripts import predict as command
-from tagger.artifact import Artifact, ArtifactMetadata, TagRow, load_artifact, save_artifact
+from tagger.artifact import Artifact, ArtifactMetadata, TagRow, attach_thresholds, load_artifact, save_artifact
 from tagger.data.decode import decode_image
 from tagger.errors import InputError
+from tagger.files import FormatError
+from tagger.metrics.keys import from_keys, lowest_keys
+from tagger.metrics.thresholds import TagThresholds, ThresholdGoal
 from tagger.predict import Prediction, Tagger, Unreadable, find_images
 from tagger.preprocess import Preprocess
 from tagger.run_folder import RunResults
@@ -275,3 +280,79 @@ def test_the_command_stops_quietly_when_its_reader_does(tmp_path: Path, run: Pat
     assert process.stderr.read() == b""
     assert process.wait() == 1
     process.stderr.close()
+
+
+def own_thresholds(artifact: Artifact, logits: list[float]) -> TagThresholds:
+    return TagThresholds(
+        logits=np.array(logits),
+        support=np.arange(6),
+        global_logit=0.5,
+        goal=ThresholdGoal(),
+        num_images=10,
+        on_calib={},
+        weights_sha256=artifact.weights_sha256,
+        vocabulary_sha256=artifact.vocabulary_sha256,
+        calib_sha256="0" * 64,
+    )
+
+
+def test_each_tag_must_reach_its_own_threshold_unless_one_is_given(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run") / "model"
+    paths = write_images(tmp_path / "images", 6)
+    plain = load_artifact(folder)
+    everything = [all_scores(p) for p in tagger_of(plain).predict(paths, threshold=0.0)]
+    names = [tag.name for tag in plain.tags]
+    scores = np.array([[scores[name] for name in names] for scores in everything])
+    middle = np.median(np.log(scores / (1 - scores)), axis=0)
+    attach_thresholds(folder, own_thresholds(plain, (middle + 1e-3).tolist()))
+    artifact = load_artifact(folder)
+    limits = 1 / (1 + np.exp(-middle))
+    expected = [{name for name, p, limit in zip(names, row, limits, strict=True) if p > limit} for row in scores]
+    assert [set(all_scores(p)) for p in tagger_of(artifact).predict(paths)] == expected
+    assert any(0 < len(given) < 6 for given in expected)
+    explicit = [set(all_scores(p)) for p in tagger_of(plain).predict(paths, artifact.thresholds)]
+    assert explicit == expected
+    one = [set(all_scores(p)) for p in tagger_of(artifact).predict(paths, 0.5)]
+    assert one == [{name for name, p in zip(names, row, strict=True) if p >= 0.5} for row in scores]
+
+
+def test_predictions_are_what_evaluation_counts(tmp_path: Path, artifact: Artifact) -> None:
+    paths = write_images(tmp_path, 8)
+    scores = [all_scores(p) for p in tagger_of(artifact).predict(paths, threshold=0.0)]
+    logits = np.array([[scores[i][tag.name] for tag in artifact.tags] for i in range(8)], dtype=np.float64)
+    logits = np.log(logits / (1 - logits))
+    limits = from_keys(lowest_keys(np.median(logits, axis=0))).astype(np.float64)
+    computer = MetricComputer(6, logit_thresholds=limits)
+    model = create_model(CONFIG)
+    model.load_state_dict(artifact.weights)
+    decoded = [decode_image(path.read_bytes(), max_pixels=10**6) for path in paths]
+    prepared = [artifact.preprocess.apply(image) for image in decoded]
+    with torch.inference_mode():
+        for image, size in prepared:
+            found = model.eval()(image[None], torch.tensor([size], dtype=torch.int32))
+            computer.update(found, torch.zeros(1, 6))
+    given = [
+        len(all_scores(p)) for p in tagger_of(artifact, 1).predict(paths, own_thresholds(artifact, limits.tolist()))
+    ]
+    assert given == computer.per_image("predicted").tolist()
+
+
+def test_a_thresholds_file_of_another_model_is_refused(
+    tmp_path: Path, run: Path, artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = write_images(tmp_path / "images", 1)[0]
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    thresholds = own_thresholds(artifact, [-99.0] * 6)
+    good.write_bytes(thresholds.to_json())
+    bad.write_bytes(replace(thresholds, weights_sha256="1" * 64).to_json())
+    words = [str(run), str(image), "--device", "cpu"]
+    assert command.main([*words, "--json", "--thresholds", str(good)]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tags"]) == 6
+    assert command.main([*words, "--thresholds", str(bad)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: thresholds") and "bad.json were fitted for other weights" in line
+    with pytest.raises(SystemExit) as raised:
+        command.main([*words, "--thresholds", str(good), "--threshold", "0.5"])
+    assert raised.value.code == 2
+    with pytest.raises(FormatError, match="the thresholds were fitted for other weights"):
+        list(tagger_of(artifact).predict([image], replace(thresholds, weights_sha256="1" * 64)))
