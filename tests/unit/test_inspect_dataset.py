@@ -142,15 +142,12 @@ def test_without_the_extra_the_terminal_still_works(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    drawing = ("matplotlib.", "tagger.report.", "tagger.survey_page")
-    for name in [name for name in sys.modules if name.startswith(drawing)]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
     assert inspect(demo, tmp_path, "--no-duplicates") == 0
     printed = capsys.readouterr()
     assert "images with tags" in printed.out and "near-duplicates" not in printed.out
     expected = "no page: the page needs matplotlib and Jinja2: pip install matplotlib jinja2 (the extra 'report')\n"
-    assert expected in printed.err  # told before the work; other tests may have left logging to the console
+    assert expected in printed.err  # what other tests left logging to the console may stand beside it
     assert inspect(demo, tmp_path, "--output", "page.html") == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 
