@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import get_args
 
 from tagger.checkpoint.format import list_checkpoints
+from tagger.checkpoint.store import named_checkpoint
 from tagger.endings import KILLED_REASON, Status
 from tagger.errors import PATH_ERRORS, InputError
 from tagger.files import FormatError, read_json, write_json
@@ -148,7 +149,7 @@ class RunFolder:
     @property
     def config_path(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.yaml"
+        return config_path(self.path)
 
     @property
     def log_path(self) -> Path:
@@ -231,6 +232,11 @@ def lock_path(run: Path) -> Path:
     return run / "run.lock"
 
 
+def config_path(run: Path) -> Path:
+    """The resolved configuration of the run in folder `run`."""
+    return run / "config.yaml"
+
+
 def checkpoints_dir(run: Path) -> Path:
     """The checkpoints of the run in folder `run`."""
     return run / "checkpoints"
@@ -280,6 +286,27 @@ def require_checkpoints(run: Path) -> None:
     guess = f"did you mean run.name={close[0]}? " if close else ""
     listed = f"{guess}{run.parent} has {', '.join(shown) or 'no run with checkpoints'}{more}"
     raise RunFolderError(f"there is no run {run} to resume; {listed}; to start a new run of this name: --resume auto")
+
+
+def resume_origin(run: Path, which: str) -> Path:
+    """The run folder that `checkpoint.resume` goes on from: `run`, or the one around a checkpoint that lies elsewhere.
+
+    Its config.yaml says which images were trained on. Raises RunFolderError where that is missing, and where there is
+    nothing to resume; CheckpointError for a path that is none.
+    """
+    folder, origin = checkpoints_dir(run), run
+    if which in ("latest", "best"):
+        require_checkpoints(run)
+    elif which != "auto":
+        path = named_checkpoint(folder, which).absolute()
+        if path.parent.resolve() != folder.resolve():
+            origin = path.parent.parent
+    if (origin != run or list_checkpoints(folder)) and not config_path(origin).is_file():
+        raise RunFolderError(
+            f"{config_path(origin)} is missing, so that nobody can tell which images the checkpoint was trained on; "
+            "bring the file back, or start a new run with --init-from and the checkpoint's folder"
+        )
+    return origin
 
 
 def _way_on(run: Path) -> str:

@@ -206,7 +206,7 @@ def load_checkpoint(folder: Path, which: str, best: BestRecord | None = None) ->
     all; CheckpointError where none of those it holds is usable.
     """
     if which not in ("latest", "best"):
-        return read_checkpoint(_named(folder, which))
+        return read_checkpoint(named_checkpoint(folder, which))
     candidates, broken = newest_first(folder)
     faults = [str(error) for error in broken]
     paths = [path for path, _ in candidates]
@@ -233,7 +233,8 @@ def load_checkpoint(folder: Path, which: str, best: BestRecord | None = None) ->
     return found
 
 
-def _named(folder: Path, which: str) -> Path:
+def named_checkpoint(folder: Path, which: str) -> Path:
+    """The checkpoint at a path, or of that name in `folder`. Raises CheckpointError where there is none."""
     path = folder / which if (folder / which / MANIFEST_FILE).is_file() else Path(which)
     if not path.is_dir():
         choices = ", ".join(each.name for each in list_checkpoints(folder)[-3:])

@@ -269,3 +269,24 @@ def test_a_broken_checkpoint_is_passed_over(finished: Path, tmp_path: Path, capl
     (newest / "ema.safetensors").write_bytes(b"x")
     found = find_initial_weights(copy)
     assert found.source != newest and "the next newest is tried" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["another split", "no settings", "the same split"])
+def test_a_checkpoint_of_another_run_brings_its_split_with_it(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    run(images, tmp_path, "a", "training.num_epochs=1")
+    checkpoint = sorted((tmp_path / "a" / "checkpoints").glob("step-*"))[-1]
+    if case == "no settings":
+        (tmp_path / "a" / "config.yaml").unlink()
+    held_out = () if case == "the same split" else ("data.val_fraction=0.3", "data.test_fraction=0.1")
+    words = arguments(images, tmp_path, "b", "training.num_epochs=2", *held_out, "--resume", str(checkpoint))
+    assert train_direct.main(words) == (0 if case == "the same split" else 2)
+    said = capsys.readouterr().err
+    assert (tmp_path / "b").exists() == (case == "the same split")
+    if case == "the same split":
+        assert "changed since this run last started: training.num_epochs: 1 -> 2" in said
+        assert "run.name" not in said
+    else:
+        (line,) = [each for each in said.splitlines() if each.startswith("error: ")]
+        assert ("--init-from" if case == "no settings" else "data.val_fraction: ") in line
