@@ -26,7 +26,7 @@ from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
 from tagger.ontology import ONTOLOGY_FILE
 from tagger.ontology_file import require_unchanged
-from tagger.run_folder import RunFolder, config_path, resume_origin
+from tagger.run_folder import RunFolder, config_path, probe_checkpoints, resume_origin
 from tagger.stop import StopRequest
 from tagger.transfer import find_initial_weights, start_from
 from training_utils import (
@@ -90,6 +90,7 @@ def check(config: FullConfig) -> str:
 def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts | None = None) -> Parts:
     """Everything that the loop needs, for a fresh run and for one that goes on; without `alerts` nobody is told."""
     training = config.training
+    probe_checkpoints(folder.path)
     device = resolve_device(training.device)
     seed_everything(training.seed)
     vocabulary, train_loader, validation_loader, model = open_data_and_model(

@@ -290,3 +290,20 @@ def test_a_checkpoint_of_another_run_brings_its_split_with_it(
     else:
         (line,) = [each for each in said.splitlines() if each.startswith("error: ")]
         assert ("--init-from" if case == "no settings" else "data.val_fraction: ") in line
+
+
+def test_a_place_for_checkpoints_that_is_none_stops_the_start(
+    finished: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "whole")
+    shutil.rmtree(copy / "checkpoints")
+    before = {path: path.read_bytes() for path in (copy / "metrics.jsonl", copy / "results.json")}
+    words = arguments(images, tmp_path, "whole", "--resume", "auto")
+    assert train_direct.main(words) == 2
+    assert "would erase its history" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    for path in before:
+        path.unlink()
+    (copy / "checkpoints").write_text("a file", encoding="utf-8")
+    assert train_direct.main(words) == 2
+    assert f"cannot be written into {copy / 'checkpoints'}" in capsys.readouterr().err
