@@ -109,7 +109,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         folder.checkpoints_dir,
         config.checkpoint,
         vocabulary_sha256=vocabulary.sha256,
-        config_sha256=digest(replace(config, checkpoint=replace(config.checkpoint, resume="none"))),
+        config_sha256=digest(nameless(config)),
         yardstick=yardstick,
     )
     # Where the weights come from, the first that applies: 1. the checkpoint to resume from (with checkpoint.resume=auto
@@ -178,6 +178,12 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
 
 
+def nameless(config: FullConfig) -> FullConfig:
+    """The settings less what a run is called, where it lies and how it was started."""
+    run, checkpoint = replace(config.run, name=None, output_dir="runs"), replace(config.checkpoint, resume="none")
+    return replace(config, run=run, checkpoint=checkpoint)
+
+
 def measured_with(config: FullConfig, vocabulary: TagVocabulary, validation: DataLoader) -> str:
     """Hash of what `checkpoint.best_metric` is measured with: held-out images, their tags and what else moves it."""
     metric, options = config.checkpoint.best_metric, validation.options
@@ -222,6 +228,12 @@ def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, st
         raise InputError(
             f"{moved[0]}: calibration and test images would be among those that this run has trained on; set it back, "
             "or start a new run"
+        )
+    if moved:
+        logger.warning(
+            "%s: images that this run has trained on may be validation images now; scores from here on are flattered "
+            "and do not tell how it does on new images",
+            "; ".join(moved),
         )
     if config.vocabulary.ontology_file is not None and (origin / ONTOLOGY_FILE).exists():
         require_unchanged(Path(config.vocabulary.ontology_file), origin / ONTOLOGY_FILE)

@@ -200,6 +200,7 @@ def test_scores_of_other_held_out_images_are_not_compared(
     caplog.clear()
     words = ("training.num_epochs=5", patience, "checkpoint.keep_last=1", "data.val_fraction=0.4", "--resume", "latest")
     run(images, tmp_path, "run", *words)
+    assert "data.val_fraction: 0.2 -> 0.4: images that this run has trained on may be validation" in caplog.text
     lines = [each.message for each in caplog.records if "held-out images" in each.message]
     assert len(lines) == 2 and f"({name}, which stays) has val/mAP {first['value']:.4f}" in lines[0]
     assert lines[1].startswith("early stopping: ")
@@ -287,6 +288,10 @@ def test_a_checkpoint_of_another_run_brings_its_split_with_it(
     if case == "the same split":
         assert "changed since this run last started: training.num_epochs: 1 -> 2" in said
         assert "run.name" not in said
+        capsys.readouterr()
+        words = arguments(images, tmp_path, "c", "training.num_epochs=1", "--resume", str(checkpoint))
+        assert train_direct.main(words) == 0
+        assert "the configuration differs" not in capsys.readouterr().err
     else:
         (line,) = [each for each in said.splitlines() if each.startswith("error: ")]
         assert ("--init-from" if case == "no settings" else "data.val_fraction: ") in line

@@ -403,9 +403,7 @@ def test_checkpoints_that_are_gone_are_no_fresh_start(
     if not refused:
         assert resume_origin(run, "auto") == run
         return
-    with pytest.raises(
-        RunFolderError, match=r"would erase .*; bring .*back, or .* run\.name=icons-2, or remove"
-    ):
+    with pytest.raises(RunFolderError, match=r"would erase .*; bring .*back, or .* run\.name=icons-2, or remove"):
         resume_origin(run, "auto")
     with pytest.raises(RunFolderError, match=r"no checkpoint to resume .*; bring .*checkpoints back$"):
         resume_origin(run, "latest")
@@ -418,3 +416,10 @@ def test_checkpoints_that_cannot_be_written_are_found_at_the_start(tmp_path: Pat
     (tmp_path / "checkpoints").write_text("not a folder", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"cannot be written into .*checkpoints: .*run\.output_dir="):
         probe_checkpoints(tmp_path)
+
+
+def test_a_mistyped_word_and_the_name_of_a_run_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a6" / "checkpoints" / "step-000000001").mkdir(parents=True)
+    for which, meant in (("besst", "best"), ("a6", "run.name=a6"), (str(tmp_path / "a6"), "run.name=a6")):
+        with pytest.raises(InputError, match=rf"did you mean {meant}"):
+            resume_origin(tmp_path / "a5", which)
