@@ -460,11 +460,11 @@ def check_paths(config: FullConfig) -> None:
 
 
 def changed_settings(saved: Path, config: FullConfig) -> list[str]:
-    """What differs from a run's saved configuration, as "section.key: old -> new", the resume setting aside."""
+    """What differs from a run's saved configuration, as "section.key: old -> new", names and resume aside."""
     if not saved.exists():
         return []
     before, now = flat_values(load_config(saved, environment={})), flat_values(config)
-    keys = [key for key in {**before, **now} if key != "checkpoint.resume"]
+    keys = [key for key in {**before, **now} if key not in ("checkpoint.resume", "run.name", "run.output_dir")]
     return [f"{k}: {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
 
 

@@ -24,8 +24,9 @@ from tagger.data.yardstick import yardstick_sha256
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
+from tagger.ontology import ONTOLOGY_FILE
 from tagger.ontology_file import require_unchanged
-from tagger.run_folder import RunFolder, require_checkpoints
+from tagger.run_folder import RunFolder, config_path, probe_checkpoints, resume_origin
 from tagger.stop import StopRequest
 from tagger.transfer import find_initial_weights, start_from
 from training_utils import (
@@ -73,8 +74,8 @@ class Parts:
 
 def check(config: FullConfig) -> str:
     """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing."""
-    if config.checkpoint.resume in ("latest", "best"):
-        require_checkpoints(config.run.folder)
+    if config.checkpoint.resume != "none":
+        resume_origin(config.run.folder, config.checkpoint.resume)
     vocabulary, train_loader, validation_loader, model = open_data_and_model(
         config, config.run.folder / "vocabulary.json"
     )
@@ -89,6 +90,7 @@ def check(config: FullConfig) -> str:
 def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts | None = None) -> Parts:
     """Everything that the loop needs, for a fresh run and for one that goes on; without `alerts` nobody is told."""
     training = config.training
+    probe_checkpoints(folder.path)
     device = resolve_device(training.device)
     seed_everything(training.seed)
     vocabulary, train_loader, validation_loader, model = open_data_and_model(
@@ -107,7 +109,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         folder.checkpoints_dir,
         config.checkpoint,
         vocabulary_sha256=vocabulary.sha256,
-        config_sha256=digest(replace(config, checkpoint=replace(config.checkpoint, resume="none"))),
+        config_sha256=digest(nameless(config)),
         yardstick=yardstick,
     )
     # Where the weights come from, the first that applies: 1. the checkpoint to resume from (with checkpoint.resume=auto
@@ -176,6 +178,12 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
 
 
+def nameless(config: FullConfig) -> FullConfig:
+    """The settings less what a run is called, where it lies and how it was started."""
+    run, checkpoint = replace(config.run, name=None, output_dir="runs"), replace(config.checkpoint, resume="none")
+    return replace(config, run=run, checkpoint=checkpoint)
+
+
 def measured_with(config: FullConfig, vocabulary: TagVocabulary, validation: DataLoader) -> str:
     """Hash of what `checkpoint.best_metric` is measured with: held-out images, their tags and what else moves it."""
     metric, options = config.checkpoint.best_metric, validation.options
@@ -207,26 +215,31 @@ def nothing_left(num_epochs: int, state: TrainState, yardstick: str) -> None:
 
 def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, state: TrainState) -> bool:
     """Put the run's state back, saying from where and what has changed since; False where there is no checkpoint."""
-    for change in changed_settings(folder.config_path, config):
+    origin = resume_origin(folder.path, config.checkpoint.resume)
+    for change in changed_settings(config_path(origin), config):
         if change.startswith("vocabulary."):
             raise InputError(
                 f"{change}: a run keeps the tags that it started with; set it back, or start a new run with "
-                f"--init-from {folder.path}, which carries over the tags that both know"
+                f"--init-from {origin}, which carries over the tags that both know"
             )
         logger.warning("changed since this run last started: %s", change)
-    moved = split_changes(folder.config_path, config)
+    moved = split_changes(config_path(origin), config)
     if moved and (config.data.calib_fraction or config.data.test_fraction):
         raise InputError(
             f"{moved[0]}: calibration and test images would be among those that this run has trained on; set it back, "
             "or start a new run"
         )
-    if config.vocabulary.ontology_file is not None and folder.ontology_path.exists():
-        require_unchanged(Path(config.vocabulary.ontology_file), folder.ontology_path)
+    if moved:
+        logger.warning(
+            "%s: images that this run has trained on may be validation images now; scores from here on are flattered "
+            "and do not tell how it does on new images",
+            "; ".join(moved),
+        )
+    if config.vocabulary.ontology_file is not None and (origin / ONTOLOGY_FILE).exists():
+        require_unchanged(Path(config.vocabulary.ontology_file), origin / ONTOLOGY_FILE)
     auto = config.checkpoint.resume == "auto"
     loaded = manager.load("latest" if auto else config.checkpoint.resume)
     if loaded is None:
-        if not auto:
-            require_checkpoints(folder.path)
         logger.info("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)
         return False
     state.restore(loaded)

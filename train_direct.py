@@ -34,7 +34,7 @@ from tagger.logs import log_to_console
 from tagger.options import Parser
 from tagger.report.collect import create_mistakes, telling_curves
 from tagger.rng import mix
-from tagger.run_folder import RunFolder, require_checkpoints
+from tagger.run_folder import RunFolder, resume_origin
 from tagger.stop import StoppedEarly, StopRequest
 from validation_loop import Evaluation, EvaluationStopped, evaluate
 
@@ -191,8 +191,8 @@ def rescue(parts: Parts, error: Exception) -> None:
 def run(config: FullConfig) -> int:
     """Train as configured, from opening the run's folder to its model; returns the exit code."""
     alerts, resuming = Alerts.from_environment(), config.checkpoint.resume != "none"
-    if config.checkpoint.resume in ("latest", "best"):
-        require_checkpoints(config.run.folder)
+    if resuming:
+        resume_origin(config.run.folder, config.checkpoint.resume)
     with StopRequest() as stop, RunFolder.open(config.run.folder, resume=resuming) as folder, alerts:
         stop.watch(folder.stop_path)
         try:

@@ -5,6 +5,7 @@ Refuses a folder that exists unless the run is continued, and a folder in which 
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import shutil
@@ -17,9 +18,10 @@ from types import TracebackType
 from typing import get_args
 
 from tagger.checkpoint.format import list_checkpoints
+from tagger.checkpoint.store import named_checkpoint
 from tagger.endings import KILLED_REASON, Status
 from tagger.errors import PATH_ERRORS, InputError
-from tagger.files import FormatError, read_json, write_json
+from tagger.files import FormatError, read_json, write_atomic, write_json
 from tagger.logs import RunLogHandler
 from tagger.ontology import ONTOLOGY_FILE
 from tagger.run_lock import FolderLock, LockedError, is_held
@@ -148,7 +150,7 @@ class RunFolder:
     @property
     def config_path(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.yaml"
+        return config_path(self.path)
 
     @property
     def log_path(self) -> Path:
@@ -231,6 +233,11 @@ def lock_path(run: Path) -> Path:
     return run / "run.lock"
 
 
+def config_path(run: Path) -> Path:
+    """The resolved configuration of the run in folder `run`."""
+    return run / "config.yaml"
+
+
 def checkpoints_dir(run: Path) -> Path:
     """The checkpoints of the run in folder `run`."""
     return run / "checkpoints"
@@ -282,9 +289,84 @@ def require_checkpoints(run: Path) -> None:
     raise RunFolderError(f"there is no run {run} to resume; {listed}; to start a new run of this name: --resume auto")
 
 
+def _require_nothing_lost(run: Path) -> None:
+    """Raise RunFolderError where a run without a checkpoint must have had one, as with a disk that is not mounted.
+
+    A run that was killed, or failed, before its first save has lost nothing: it may start over.
+    """
+    folder = checkpoints_dir(run)
+    if list_checkpoints(folder):
+        return
+    try:
+        results = RunResults.read(results_path(run))
+    except FormatError:
+        results = RunResults("running")
+    saved = results.best is not None or (results.steps and results.status in ("completed", "stopped"))
+    trained = results.steps or _has_content(run / "metrics.jsonl")
+    if saved or (trained and not folder.exists()):
+        raise RunFolderError(
+            f"{run} has trained ({describe_run(run)}), but {folder} "
+            f"{'holds no checkpoint' if folder.exists() else 'is missing'}: a fresh start would erase its history; "
+            f"bring the checkpoints back, or start another run with run.name={_free_name(run)}, or remove {run}"
+        )
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def probe_checkpoints(run: Path) -> None:
+    """Make the folder of checkpoints and write there, so that hours of training are not lost for want of a place.
+
+    Raises RunFolderError where the path does not allow it, OSError where the storage fails.
+    """
+    folder = checkpoints_dir(run)
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        write_atomic(probe, b"probe")
+        probe.unlink()
+    except OSError as error:
+        if error.errno not in PATH_ERRORS | {errno.EROFS}:
+            raise
+        raise RunFolderError(
+            f"checkpoints cannot be written into {folder}: {error.strerror}; make it a folder that you may write into, "
+            "or name another place with run.output_dir="
+        ) from error
+
+
+def resume_origin(run: Path, which: str) -> Path:
+    """The run folder that `checkpoint.resume` goes on from: `run`, or the one around a checkpoint that lies elsewhere.
+
+    Its config.yaml says which images were trained on. Raises RunFolderError where that is missing, and where there is
+    nothing to resume; CheckpointError for a path that is none.
+    """
+    folder, origin = checkpoints_dir(run), run
+    if which in ("latest", "best"):
+        require_checkpoints(run)
+    elif which == "auto":
+        _require_nothing_lost(run)
+    else:
+        path = named_checkpoint(folder, which).absolute()
+        if path.parent.resolve() != folder.resolve():
+            origin = path.parent.parent
+    if (origin != run or list_checkpoints(folder)) and not config_path(origin).is_file():
+        raise RunFolderError(
+            f"{config_path(origin)} is missing, so that nobody can tell which images the checkpoint was trained on; "
+            "bring the file back, or start a new run with --init-from and the checkpoint's folder"
+        )
+    return origin
+
+
 def _way_on(run: Path) -> str:
     has_checkpoint = bool(list_checkpoints(checkpoints_dir(run)))
-    return "continue it with --resume latest" if has_checkpoint else "start it over with --resume auto"
+    if has_checkpoint:
+        return "continue it with --resume latest"
+    try:
+        _require_nothing_lost(run)
+    except RunFolderError:
+        return f"bring {checkpoints_dir(run)} back"
+    return "start it over with --resume auto"
 
 
 @cache

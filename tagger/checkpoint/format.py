@@ -63,6 +63,12 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be used; the message is one line that says which, why and what to do."""
 
 
+class NoneUsableError(CheckpointError):
+    """Checkpoints are there, and the storage has spoilt them all."""
+
+    exit_code = 6
+
+
 class NotFiniteError(CheckpointError):
     """Weights, averages or optimizer state that hold a NaN or an infinity, and are therefore not saved."""
 

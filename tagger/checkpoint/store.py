@@ -5,6 +5,7 @@ so the newest checkpoint is found by its manifest's sequence number, and the bes
 scores in the manifests. A broken checkpoint is never used and never deleted.
 """
 
+import difflib
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from tagger.checkpoint.format import (
     CheckpointError,
     LoadedCheckpoint,
     Manifest,
+    NoneUsableError,
     Tensors,
     is_checkpoint_name,
     list_checkpoints,
@@ -206,7 +208,7 @@ def load_checkpoint(folder: Path, which: str, best: BestRecord | None = None) ->
     all; CheckpointError where none of those it holds is usable.
     """
     if which not in ("latest", "best"):
-        return read_checkpoint(_named(folder, which))
+        return read_checkpoint(named_checkpoint(folder, which))
     candidates, broken = newest_first(folder)
     faults = [str(error) for error in broken]
     paths = [path for path, _ in candidates]
@@ -222,7 +224,10 @@ def load_checkpoint(folder: Path, which: str, best: BestRecord | None = None) ->
             faults.append(str(error))
     if found is None:
         if faults:
-            raise CheckpointError(f"none of the {len(faults)} checkpoints in {folder} is usable; {faults[0]}")
+            raise NoneUsableError(
+                f"none of the {len(faults)} checkpoints in {folder} is usable; {faults[0]}; bring one back from a "
+                "copy, or start another run (run.name=), with --init-from where you have a copy of its weights"
+            )
         return None
     if wanted is not None and found.path != wanted:
         faults.append(f"checkpoint {wanted} is recorded as {which} but cannot be used")
@@ -233,12 +238,19 @@ def load_checkpoint(folder: Path, which: str, best: BestRecord | None = None) ->
     return found
 
 
-def _named(folder: Path, which: str) -> Path:
+def named_checkpoint(folder: Path, which: str) -> Path:
+    """The checkpoint at a path, or of that name in `folder`. Raises CheckpointError where there is none."""
     path = folder / which if (folder / which / MANIFEST_FILE).is_file() else Path(which)
+    for run in (path, folder.parent.parent / which):
+        if list_checkpoints(run / folder.name):
+            meant = f"run.name={run.name} --resume latest"
+            raise CheckpointError(f"{which} is a run, not a checkpoint; did you mean {meant}?")
     if not path.is_dir():
+        close = difflib.get_close_matches(which, ("latest", "best", "auto", "none"), n=1)
+        guess = f"did you mean {close[0]}? " if close else ""
         choices = ", ".join(each.name for each in list_checkpoints(folder)[-3:])
         held = f"{folder} holds {choices}" if choices else f"{folder} holds no checkpoint"
-        raise CheckpointError(f"there is no checkpoint folder {which} ({held}); use latest, best or a folder's path")
+        raise CheckpointError(f"there is no checkpoint folder {which} ({held}); {guess}use latest, best or a path")
     return path
 
 

@@ -200,6 +200,7 @@ def test_scores_of_other_held_out_images_are_not_compared(
     caplog.clear()
     words = ("training.num_epochs=5", patience, "checkpoint.keep_last=1", "data.val_fraction=0.4", "--resume", "latest")
     run(images, tmp_path, "run", *words)
+    assert "data.val_fraction: 0.2 -> 0.4: images that this run has trained on may be validation" in caplog.text
     lines = [each.message for each in caplog.records if "held-out images" in each.message]
     assert len(lines) == 2 and f"({name}, which stays) has val/mAP {first['value']:.4f}" in lines[0]
     assert lines[1].startswith("early stopping: ")
@@ -269,3 +270,45 @@ def test_a_broken_checkpoint_is_passed_over(finished: Path, tmp_path: Path, capl
     (newest / "ema.safetensors").write_bytes(b"x")
     found = find_initial_weights(copy)
     assert found.source != newest and "the next newest is tried" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["another split", "no settings", "the same split"])
+def test_a_checkpoint_of_another_run_brings_its_split_with_it(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    run(images, tmp_path, "a", "training.num_epochs=1")
+    checkpoint = sorted((tmp_path / "a" / "checkpoints").glob("step-*"))[-1]
+    if case == "no settings":
+        (tmp_path / "a" / "config.yaml").unlink()
+    held_out = () if case == "the same split" else ("data.val_fraction=0.3", "data.test_fraction=0.1")
+    words = arguments(images, tmp_path, "b", "training.num_epochs=2", *held_out, "--resume", str(checkpoint))
+    assert train_direct.main(words) == (0 if case == "the same split" else 2)
+    said = capsys.readouterr().err
+    assert (tmp_path / "b").exists() == (case == "the same split")
+    if case == "the same split":
+        assert "changed since this run last started: training.num_epochs: 1 -> 2" in said
+        assert "run.name" not in said
+        capsys.readouterr()
+        words = arguments(images, tmp_path, "c", "training.num_epochs=1", "--resume", str(checkpoint))
+        assert train_direct.main(words) == 0
+        assert "the configuration differs" not in capsys.readouterr().err
+    else:
+        (line,) = [each for each in said.splitlines() if each.startswith("error: ")]
+        assert ("--init-from" if case == "no settings" else "data.val_fraction: ") in line
+
+
+def test_a_place_for_checkpoints_that_is_none_stops_the_start(
+    finished: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "whole")
+    shutil.rmtree(copy / "checkpoints")
+    before = {path: path.read_bytes() for path in (copy / "metrics.jsonl", copy / "results.json")}
+    words = arguments(images, tmp_path, "whole", "--resume", "auto")
+    assert train_direct.main(words) == 2
+    assert "would erase its history" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    for path in before:
+        path.unlink()
+    (copy / "checkpoints").write_text("a file", encoding="utf-8")
+    assert train_direct.main(words) == 2
+    assert f"cannot be written into {copy / 'checkpoints'}" in capsys.readouterr().err

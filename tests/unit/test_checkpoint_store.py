@@ -129,8 +129,9 @@ def test_nothing_usable_is_never_a_silent_fresh_start(tmp_path: Path) -> None:
     target = store(tmp_path)
     for step in (1, 2):
         damage(commit(target, step), "flipped")
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .*; bring one back .*--init-from") as caught:
         load_checkpoint(tmp_path, "latest")
+    assert caught.value.exit_code == 6
 
 
 def test_a_path_is_taken_at_its_word(tmp_path: Path) -> None:

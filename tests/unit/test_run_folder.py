@@ -27,8 +27,10 @@ from tagger.run_folder import (
     RunResults,
     code_commit,
     describe_run,
+    probe_checkpoints,
     read_results,
     require_checkpoints,
+    resume_origin,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -372,3 +374,52 @@ def test_a_run_is_laid_out_as_documented(tmp_path: Path) -> None:
         "model",
         "run.lock",
     ]
+
+
+@pytest.mark.parametrize(
+    ("results", "measured", "folder", "refused"),
+    [
+        (RunResults("completed", steps=96), False, False, True),
+        (RunResults("completed", steps=96), False, True, True),  # an empty mount point
+        (RunResults("running", best=BestResult("val/mAP", 0.5, 64), steps=96), False, True, True),
+        (None, True, False, True),
+        (RunResults("running", steps=3), True, True, False),  # killed during its first save
+        (RunResults("failed", steps=3), True, True, False),
+        (RunResults("running"), False, False, False),
+        (None, False, False, False),
+    ],
+)
+def test_checkpoints_that_are_gone_are_no_fresh_start(
+    tmp_path: Path, results: RunResults | None, measured: bool, folder: bool, refused: bool
+) -> None:
+    run = tmp_path / "icons"
+    run.mkdir()
+    if results is not None:
+        results.write(run / "results.json")
+    if measured:
+        (run / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    if folder:
+        (run / "checkpoints").mkdir()
+    if not refused:
+        assert resume_origin(run, "auto") == run
+        return
+    with pytest.raises(RunFolderError, match=r"would erase .*; bring .*back, or .* run\.name=icons-2, or remove"):
+        resume_origin(run, "auto")
+    with pytest.raises(RunFolderError, match=r"no checkpoint to resume .*; bring .*checkpoints back$"):
+        resume_origin(run, "latest")
+
+
+def test_checkpoints_that_cannot_be_written_are_found_at_the_start(tmp_path: Path) -> None:
+    probe_checkpoints(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("not a folder", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"cannot be written into .*checkpoints: .*run\.output_dir="):
+        probe_checkpoints(tmp_path)
+
+
+def test_a_mistyped_word_and_the_name_of_a_run_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a6" / "checkpoints" / "step-000000001").mkdir(parents=True)
+    for which, meant in (("besst", "best"), ("a6", "run.name=a6"), (str(tmp_path / "a6"), "run.name=a6")):
+        with pytest.raises(InputError, match=rf"did you mean {meant}"):
+            resume_origin(tmp_path / "a5", which)
