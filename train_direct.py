@@ -32,6 +32,7 @@ from tagger.errors import DivergedError, InputError, RunFailedError
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.options import Parser
+from tagger.output import print_if_read
 from tagger.report.collect import create_mistakes, telling_curves
 from tagger.rng import mix
 from tagger.run_folder import RunFolder, require_checkpoints
@@ -273,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     code = run(config)
     if config.run.folder.is_dir():  # a start that was stopped at once leaves none
-        print(f"run: {config.run.folder}")
+        print_if_read(f"run: {config.run.folder}")
     return code
 
 

@@ -13,6 +13,7 @@ import torch
 
 import start_up
 import train_direct
+from tagger import stop
 from tagger.alerts import Alerts
 from tagger.checkpoint import store
 from tagger.checkpoint.format import verify_checkpoint
@@ -305,7 +306,7 @@ def test_a_start_without_memory_has_its_code(images: Path, tmp_path: Path, monke
     assert not (tmp_path / "run").exists()
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(number, 128 + number) for number in stop.SIGNALS]
 MOMENTS = ["open_data_and_model", "create_optimizer", "compile_model", "the first batch", "the first update"]
 
 
@@ -329,7 +330,7 @@ def interrupt_at(moment: str, number: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module, name, interrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=str)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_before_the_first_update_ends_at_once_and_leaves_no_run(
     images: Path,
