@@ -9,6 +9,7 @@ from typing import cast
 from start_up import Parts
 from tagger.artifact import TagRow, attach_thresholds, save_artifact
 from tagger.endings import Ending
+from tagger.errors import LostFolderError
 from tagger.run_folder import BestResult, RunResults, code_commit
 from training_utils import load_weights
 from validation_loop import EvaluationStopped, fit_model_thresholds
@@ -32,8 +33,9 @@ def write_results(parts: Parts, ending: Ending) -> None:
         exit_code=ending.exit_code,
     )
     try:
+        parts.folder.require_ours()
         results.write(parts.folder.results_path)
-    except OSError as error:
+    except (OSError, LostFolderError) as error:
         logger.error("%s could not be written: %s", parts.folder.results_path, error)
 
 

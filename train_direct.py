@@ -28,7 +28,7 @@ from tagger.cadence import due
 from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
 from tagger.endings import Ending, diagnose
-from tagger.errors import DivergedError, InputError, RunFailedError
+from tagger.errors import DivergedError, InputError, LostFolderError, RunFailedError
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.options import Parser
@@ -164,6 +164,7 @@ def train(parts: Parts) -> None:
 def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = False) -> None:
     """A checkpoint of the last step boundary, and `results.json` of the same moment."""
     state = parts.state
+    parts.folder.require_ours()
     state.extra["meter"], state.extra["guard"] = parts.meter.state_dict(), parts.guard.state_dict()
     parts.manager.save(state, evaluation.scalars if evaluation else None, wait=wait)
     write_results(parts, Ending("running"))
@@ -172,6 +173,8 @@ def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = Fal
 def rescue(parts: Parts, error: Exception) -> None:
     """After a fatal error: save the last step boundary where it can be had back, and what the error knows."""
     parts.state.optimizer.zero_grad(set_to_none=True)
+    if isinstance(error, LostFolderError):
+        return
     if isinstance(error, DivergedError):
         # Finite weights on the way to divergence must not take the place of good checkpoints.
         logger.error("nothing is saved: go on from a checkpoint, with a lower optimizer.learning_rate")
@@ -235,6 +238,7 @@ def finish(parts: Parts) -> int:
             except Exception as error:
                 rescue(parts, error)
                 raise
+        parts.folder.require_ours()
         write_model(parts)
         ending = Ending("stopped", stop.exit_code, stop.reason) if stop.requested else Ending("completed", 0)
         stop.honour()

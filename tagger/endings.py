@@ -11,7 +11,7 @@ import torch
 
 from tagger.checkpoint.format import NotFiniteError
 from tagger.checkpoint.writer import CheckpointWriteError
-from tagger.errors import DivergedError, InputError, StorageError
+from tagger.errors import DivergedError, InputError, LostFolderError, StorageError
 
 # "killed" is never written: it is what a reader says of a run that is said to be running and whose process is gone.
 Status = Literal["running", "completed", "stopped", "failed", "diverged", "killed"]
@@ -47,6 +47,8 @@ def diagnose(error: BaseException) -> Ending:
         return Ending("failed", 5, f"out of memory ({text[:200]}); {OUT_OF_MEMORY_ADVICE}")
     if isinstance(error.__cause__, NotFiniteError):
         return Ending("diverged", 4, f"{text}; go on from it with a lower optimizer.learning_rate")
+    if LostFolderError in (type(error), type(error.__cause__)):
+        return Ending("failed", 6, text)
     if isinstance(error, CheckpointWriteError | StorageError):
         return Ending("failed", 6, f"{text}; {STORAGE_ADVICE}")
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:

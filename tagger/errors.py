@@ -45,6 +45,10 @@ class StorageError(RuntimeError):
     """Storage or memory that did not recover in time; no file is to blame."""
 
 
+class LostFolderError(StorageError):
+    """A run's folder is gone or another process's; nothing more may be written there."""
+
+
 class DivergedError(RuntimeError):
     """Updates that had to be left out because they were not finite; the weights are those of before.
 

@@ -76,7 +76,7 @@ class CheckpointContent:
 def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
     """Write a checkpoint under `folder` and return its path; it stands there whole or not at all."""
     if not folder.is_dir():
-        folder.mkdir(parents=True)
+        folder.mkdir()  # not its parents: a run's folder that was deleted is not made again
         fsync_folder(folder.parent)
     temporary = folder / f"{TEMPORARY_PREFIX}{checkpoint_name(content.step)}-{secrets.token_hex(4)}"
     temporary.mkdir()
