@@ -13,13 +13,14 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from close_run import tell, write_model, write_results
+from close_run import tell, way_on, write_model, write_results
 from Configuration_System import FullConfig, check_paths, load_config
 from schedulers import apply
 from start_up import Parts, build, check
@@ -177,13 +178,13 @@ def rescue(parts: Parts, error: Exception) -> None:
         return
     if isinstance(error, DivergedError):
         # Finite weights on the way to divergence must not take the place of good checkpoints.
-        logger.error("nothing is saved: go on from a checkpoint, with a lower optimizer.learning_rate")
+        logger.error("nothing is saved, so that no good checkpoint gives way")
         if error.row_ids:
             images = [str(parts.train_loader.dataset.index.image_path(row)) for row in error.row_ids]
             write_json(parts.folder.diverged_path, {"step": error.step, "row_ids": error.row_ids, "images": images})
         return
     if not parts.boundary.intact:
-        logger.error("the error came in the middle of an update: the newest checkpoint is where to go on from")
+        logger.error("the error came in the middle of an update, whose state cannot be saved")
         return
     parts.boundary.restore()
     try:
@@ -234,7 +235,7 @@ def finish(parts: Parts) -> int:
         with parts.monitor, parts.manager:
             try:
                 train(parts)
-                stop.hold()
+                stop.hold("ending once the last checkpoint and model/ are written")
             except Exception as error:
                 rescue(parts, error)
                 raise
@@ -247,6 +248,8 @@ def finish(parts: Parts) -> int:
         raise
     except Exception as error:
         ending = diagnose(error)
+        if not isinstance(error, LostFolderError):
+            ending = replace(ending, reason=f"{ending.reason}; {way_on(parts)}")
         logger.exception("%s", ending.reason)
         raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
     finally:

@@ -43,6 +43,7 @@ class StopRequest:
         }
         self._made_at = time.time()
         self._at_once = False
+        self._what_follows = "stopping after this step with a checkpoint"
         self._file: Path | None = None
         self._file_seen = False
         self._looked_at = 0.0
@@ -61,9 +62,10 @@ class StopRequest:
         if self.signal_number is not None:
             raise StoppedEarly
 
-    def hold(self) -> None:
-        """There is something to save: from now on a signal is noted, and the loop stops where it can save."""
+    def hold(self, what_follows: str = "stopping after this step with a checkpoint") -> None:
+        """There is something to save: from now on a request is noted, and `what_follows` is what people are told."""
         self._at_once = False
+        self._what_follows = what_follows
 
     @property
     def requested(self) -> bool:
@@ -75,7 +77,7 @@ class StopRequest:
             self._looked_at = now
             self._file_seen = self._file.exists()
             if self._file_seen:
-                logger.warning("%s: stopping after this step with a checkpoint", self._file)
+                logger.warning("%s: %s", self._file, self._what_follows)
         return self._file_seen
 
     @property
@@ -115,9 +117,7 @@ class StopRequest:
         self._answer_all(signal.SIG_DFL)
         if self._at_once:
             raise StoppedEarly
-        logger.warning(
-            "%s: stopping after this step with a checkpoint; once more to end at once", signal.Signals(number).name
-        )
+        logger.warning("%s: %s; once more to end at once", signal.Signals(number).name, self._what_follows)
 
     def _answer_all(self, handler: signal.Handlers) -> None:
         for number in self._previous:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
-from tagger.checkpoint.format import Json, LoadedCheckpoint, Tensors, encode_state
+from tagger.checkpoint.format import Json, LoadedCheckpoint, Tensors, checkpoint_name, encode_state
 from tagger.checkpoint.room import plan_room, tensor_bytes
 from tagger.checkpoint.snapshot import HostSnapshot, SnapshotPool
 from tagger.checkpoint.store import BestRecord, CheckpointStore
@@ -48,7 +48,11 @@ class CheckpointSaver:
         self._store = store
         self._best_score = None if store.best is None else store.best.value
         self._pool = SnapshotPool()
-        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(self._write, self._give_up)
+        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(
+            self._write,
+            self._give_up,
+            lambda save: f"checkpoint {store.folder / checkpoint_name(save.step)}",
+        )
         self._failures: deque[SaveFailure] = deque()
         self._saved_at_s = 0.0
         self.num_failures = 0

@@ -58,6 +58,14 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
         assert process.wait(20) == 128 + signal.SIGTERM
 
 
+def test_what_is_said_is_what_follows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("tagger.stop.SAME_REQUEST_S", SAME_REQUEST_S / 100)
+    with StopRequest() as stop:
+        stop.hold("ending once model/ is written")
+        signal.raise_signal(signal.SIGINT)
+    assert "SIGINT: ending once model/ is written; once more to end at once" in caplog.text
+
+
 def test_the_handlers_of_before_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tagger.stop.SAME_REQUEST_S", SAME_REQUEST_S / 100)
     before = [signal.getsignal(number) for number in SIGNALS]
