@@ -341,7 +341,7 @@ class CheckpointSection:
     """What is kept of a run and where it starts."""
 
     every_steps: int = 1000
-    every_minutes: float | None = None
+    every_minutes: float | None = 15.0
     keep_last: int = 3
     keep_every: int | None = None
     best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"

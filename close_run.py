@@ -8,7 +8,9 @@ from typing import cast
 
 from start_up import Parts
 from tagger.artifact import TagRow, attach_thresholds, save_artifact
+from tagger.checkpoint.store import newest_first
 from tagger.endings import Ending
+from tagger.errors import LostFolderError
 from tagger.run_folder import BestResult, RunResults, code_commit
 from training_utils import load_weights
 from validation_loop import EvaluationStopped, fit_model_thresholds
@@ -32,9 +34,21 @@ def write_results(parts: Parts, ending: Ending) -> None:
         exit_code=ending.exit_code,
     )
     try:
+        parts.folder.require_ours()
         results.write(parts.folder.results_path)
-    except OSError as error:
+    except (OSError, LostFolderError) as error:
         logger.error("%s could not be written: %s", parts.folder.results_path, error)
+
+
+def way_on(parts: Parts) -> str:
+    """Which checkpoint a run that failed can go on from, and how, by what is on disk."""
+    try:
+        whole, _ = newest_first(parts.folder.checkpoints_dir)
+    except OSError as error:
+        return f"{parts.folder.checkpoints_dir} cannot be read: {error}"
+    if not whole:
+        return "there is no checkpoint yet: start over with --resume auto"
+    return f"the newest checkpoint is of step {whole[0][1].step}: go on from it with --resume latest"
 
 
 def tell(parts: Parts, event: str, ending: Ending) -> None:
@@ -100,7 +114,10 @@ def fit_thresholds(parts: Parts) -> None:
             config, folder, parts.model, parts.validation_loader, lambda: parts.stop.requested
         )
     except EvaluationStopped:
-        logger.warning("no thresholds yet, for want of time: scripts.fit_thresholds --run %s", parts.folder.path)
+        logger.warning(
+            "stopped before the thresholds were fitted; to fit them: python -m scripts.fit_thresholds --run %s",
+            parts.folder.path,
+        )
         return
     attach_thresholds(folder, thresholds)
     logger.info("%s", thresholds.summary())

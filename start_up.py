@@ -132,6 +132,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         config.checkpoint.on_schedule_change,
     )
     state.extra["course"] = asdict(course)
+    manager.before_write = folder.require_ours
     guard, meter = UpdateGuard(device), TrainingMeter()
     if resumed:
         guard.load_state_dict(saved["guard"])

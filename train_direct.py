@@ -13,13 +13,14 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from close_run import tell, write_model, write_results
+from close_run import tell, way_on, write_model, write_results
 from Configuration_System import FullConfig, check_paths, load_config
 from schedulers import apply
 from start_up import Parts, build, check
@@ -28,10 +29,11 @@ from tagger.cadence import due
 from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
 from tagger.endings import Ending, diagnose
-from tagger.errors import DivergedError, InputError, RunFailedError
+from tagger.errors import DivergedError, InputError, LostFolderError, RunFailedError
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.options import Parser
+from tagger.output import print_if_read
 from tagger.report.collect import create_mistakes, telling_curves
 from tagger.rng import mix
 from tagger.run_folder import RunFolder, resume_origin
@@ -163,6 +165,7 @@ def train(parts: Parts) -> None:
 def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = False) -> None:
     """A checkpoint of the last step boundary, and `results.json` of the same moment."""
     state = parts.state
+    parts.folder.require_ours()
     state.extra["meter"], state.extra["guard"] = parts.meter.state_dict(), parts.guard.state_dict()
     parts.manager.save(state, evaluation.scalars if evaluation else None, wait=wait)
     write_results(parts, Ending("running"))
@@ -171,15 +174,17 @@ def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = Fal
 def rescue(parts: Parts, error: Exception) -> None:
     """After a fatal error: save the last step boundary where it can be had back, and what the error knows."""
     parts.state.optimizer.zero_grad(set_to_none=True)
+    if isinstance(error, LostFolderError):
+        return
     if isinstance(error, DivergedError):
         # Finite weights on the way to divergence must not take the place of good checkpoints.
-        logger.error("nothing is saved: go on from a checkpoint, with a lower optimizer.learning_rate")
+        logger.error("nothing is saved, so that no good checkpoint gives way")
         if error.row_ids:
             images = [str(parts.train_loader.dataset.index.image_path(row)) for row in error.row_ids]
             write_json(parts.folder.diverged_path, {"step": error.step, "row_ids": error.row_ids, "images": images})
         return
     if not parts.boundary.intact:
-        logger.error("the error came in the middle of an update: the newest checkpoint is where to go on from")
+        logger.error("the error came in the middle of an update, whose state cannot be saved")
         return
     parts.boundary.restore()
     try:
@@ -230,10 +235,11 @@ def finish(parts: Parts) -> int:
         with parts.monitor, parts.manager:
             try:
                 train(parts)
-                stop.hold()
+                stop.hold("ending once the last checkpoint and model/ are written")
             except Exception as error:
                 rescue(parts, error)
                 raise
+        parts.folder.require_ours()
         write_model(parts)
         ending = Ending("stopped", stop.exit_code, stop.reason) if stop.requested else Ending("completed", 0)
         stop.honour()
@@ -242,6 +248,8 @@ def finish(parts: Parts) -> int:
         raise
     except Exception as error:
         ending = diagnose(error)
+        if not isinstance(error, LostFolderError):
+            ending = replace(ending, reason=f"{ending.reason}; {way_on(parts)}")
         logger.exception("%s", ending.reason)
         raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
     finally:
@@ -273,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     code = run(config)
     if config.run.folder.is_dir():  # a start that was stopped at once leaves none
-        print(f"run: {config.run.folder}")
+        print_if_read(f"run: {config.run.folder}")
     return code
 
 

@@ -7,7 +7,6 @@ output folder that holds anything this command did not write.
 
 import os
 import shutil
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from tagger.command import command, held_back, serve_parent
 from tagger.errors import InputError
 from tagger.files import FormatError, read_json, write_json
 from tagger.options import Parser, output_folder, whole
+from tagger.stop import SIGNALS
 
 DEFAULT_OUTPUT = Path("data/demo")
 DEFAULT_COUNT = 10000
@@ -152,7 +152,7 @@ def _draw_all(folder: Path, count: int, seed: int) -> dict[str, int]:
     tag_counts: Counter[str] = Counter()
     pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(starts), 8), initializer=serve_parent)
     try:
-        with held_back(signal.SIGINT, signal.SIGTERM):
+        with held_back(*SIGNALS):
             parts = [
                 pool.submit(_draw_part, folder, start, min(start + IMAGES_A_TASK, count), seed) for start in starts
             ]

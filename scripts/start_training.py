@@ -18,6 +18,7 @@ from Configuration_System import FullConfig, load_config
 from scripts.make_demo_dataset import DEFAULT_OUTPUT, make_demo_dataset
 from tagger.command import command
 from tagger.options import Parser
+from tagger.stop import SAME_REQUEST_S
 
 DEMO_CONFIG = "configs/demo.yaml"
 RESUME_WORDS = ("latest", "best", "auto", "none")
@@ -28,8 +29,6 @@ CHILD_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 IS_POSIX = os.name == "posix"
-# What sends a signal to this process and then to its whole group (as `timeout` does) means one request, not two.
-SAME_REQUEST_S = 0.5
 
 
 class Step:

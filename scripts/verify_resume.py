@@ -6,7 +6,6 @@ of images and every tensor and number of the final state. Writes nothing outside
 
 import multiprocessing
 import random
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from tagger.files import read_json, write_json
 from tagger.logs import log_to_console
 from tagger.options import Parser, whole
 from tagger.run_folder import RunFolder
-from tagger.stop import StopRequest
+from tagger.stop import SIGNALS, StopRequest
 
 FORMAT_VERSION = 1
 # Differ between two runs of the same steps, and say nothing about what was learnt.
@@ -100,9 +99,7 @@ def run_legs(
         )
         leg = Leg(config, words, stop_at, folder / f"{name}-{number}.json")
         process = context.Process(target=train_leg, args=(leg,))
-        with held_back(
-            signal.SIGINT, signal.SIGTERM
-        ):  # a terminal's Ctrl-C is for this process, which then ends the leg
+        with held_back(*SIGNALS):  # a terminal's Ctrl-C is for this process, which then ends the leg
             process.start()
         try:
             process.join()

@@ -1,4 +1,4 @@
-"""How a command ends: a fault in one line with its exit code, Ctrl-C and SIGTERM in one line with what they leave tidy.
+"""How a command ends: a fault in one line with its exit code, Ctrl-C, SIGTERM and SIGHUP in one line, all left tidy.
 
 A signal is raised as KeyboardInterrupt in the main thread, so that every `with` and `finally` does its work: temporary
 files go, child processes end. Exit codes: tagger/errors.py. A fault of the program itself keeps its traceback.
@@ -18,17 +18,13 @@ from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Self
 
 from tagger.errors import PATH_ERRORS, InputError, RunFailedError
+from tagger.stop import SAME_REQUEST_S, SIGNALS
 
 P = ParamSpec("P")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-# What sends a signal to a process and then to its whole group (as `timeout` does) means one request, not two.
-_SAME_REQUEST_S = 0.5
-
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came."""
+    """Ctrl-C, SIGTERM or SIGHUP came."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -65,7 +61,7 @@ def command(when_stopped: str = "") -> Callable[[Callable[P, int]], Callable[P, 
 
 def start_quietly() -> None:
     """For the first lines of a command: while it imports its parts, a signal ends it at once, without a traceback."""
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, lambda number, _frame: os._exit(_stopped(number, "")))
 
@@ -88,8 +84,9 @@ def held_back(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def serve_parent() -> None:
-    """For a worker of a pool: Ctrl-C is its parent's affair, SIGTERM ends it, and so does the end of its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For a worker of a pool: what a terminal sends is its parent's affair; SIGTERM or its parent's end ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has its parent's handlers
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
@@ -114,7 +111,7 @@ class _Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 # What was ignored from the start stays so, as in a shell's background job.
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._on_signal)
@@ -135,7 +132,7 @@ class _Signals:
         if self.number is None:
             self.number, self._came_at = number, now
             raise Stopped(number)
-        if now - self._came_at > _SAME_REQUEST_S:
+        if now - self._came_at > SAME_REQUEST_S:
             os._exit(128 + number)
 
     def _on_unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
@@ -155,7 +152,8 @@ def _signal_main_thread(number: int) -> None:
 
 
 def _stopped(number: int, note: str) -> int:
-    _say(f"stopped by {_NAMES[signal.Signals(number)]}" + (f"; {note}" if note else ""))
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    _say(f"stopped by {name}" + (f"; {note}" if note else ""))
     return 128 + number
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tagger.checkpoint.format import NotFiniteError
 from tagger.checkpoint.writer import CheckpointWriteError
-from tagger.errors import DivergedError, InputError, StorageError
+from tagger.errors import DivergedError, InputError, LostFolderError, StorageError
 
 # "killed" is never written: it is what a reader says of a run that is said to be running and whose process is gone.
 Status = Literal["running", "completed", "stopped", "failed", "diverged", "killed"]
@@ -19,9 +19,9 @@ KILLED_REASON = "its process is gone without a word (kill -9, a second signal, a
 
 OUT_OF_MEMORY_ADVICE = (
     "lower training.batch_size and raise training.accumulation_steps by the same factor (the updates stay the same), "
-    "or lower data.image_size; then --resume latest"
+    "or lower data.image_size"
 )
-STORAGE_ADVICE = "make room or mend the disk, then --resume latest"
+STORAGE_ADVICE = "make room or mend the disk"
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 # torch raises plain RuntimeErrors for some of these; the texts are those of its allocators and of cuBLAS.
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -46,7 +46,9 @@ def diagnose(error: BaseException) -> Ending:
     if is_out_of_memory(error):
         return Ending("failed", 5, f"out of memory ({text[:200]}); {OUT_OF_MEMORY_ADVICE}")
     if isinstance(error.__cause__, NotFiniteError):
-        return Ending("diverged", 4, f"{text}; go on from it with a lower optimizer.learning_rate")
+        return Ending("diverged", 4, f"{text}; lower optimizer.learning_rate")
+    if LostFolderError in (type(error), type(error.__cause__)):
+        return Ending("failed", 6, text)
     if isinstance(error, CheckpointWriteError | StorageError):
         return Ending("failed", 6, f"{text}; {STORAGE_ADVICE}")
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:

@@ -7,7 +7,8 @@
 4        the loss or its gradient is no longer a number
 5        out of memory
 6        storage: a checkpoint or the data could not be written or read
-130, 143 stopped by Ctrl-C or SIGTERM; a training run with a checkpoint, anything else with its temporary files removed
+129, 130, 143 stopped by SIGHUP, Ctrl-C or SIGTERM; a training run with a checkpoint, anything else
+         with its temporary files removed
 """
 
 import errno
@@ -42,6 +43,10 @@ class DataFailureError(InputError):
 
 class StorageError(RuntimeError):
     """Storage or memory that did not recover in time; no file is to blame."""
+
+
+class LostFolderError(StorageError):
+    """A run's folder is gone or another process's; nothing more may be written there."""
 
 
 class DivergedError(RuntimeError):

@@ -89,7 +89,7 @@ class UpdateGuard:
             return
         raise DivergedError(
             f"{found} (the last at step {step}; its images are in diverged.json); "
-            "go on from a checkpoint with a lower optimizer.learning_rate, or look at these images",
+            "lower optimizer.learning_rate, or look at these images",
             step,
             tuple(int(row) for rows in row_ids for row in rows.tolist()),
         )

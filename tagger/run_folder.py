@@ -20,7 +20,7 @@ from typing import get_args
 from tagger.checkpoint.format import list_checkpoints
 from tagger.checkpoint.store import named_checkpoint
 from tagger.endings import KILLED_REASON, Status
-from tagger.errors import PATH_ERRORS, InputError
+from tagger.errors import PATH_ERRORS, InputError, LostFolderError
 from tagger.files import FormatError, read_json, write_atomic, write_json
 from tagger.logs import RunLogHandler
 from tagger.ontology import ONTOLOGY_FILE
@@ -207,6 +207,15 @@ class RunFolder:
         """The artifact that prediction reads."""
         return model_dir(self.path)
 
+    def require_ours(self) -> None:
+        """Raise LostFolderError where the folder was deleted or replaced: nothing may be written into another run."""
+        loss = self._lock.loss()
+        if loss is not None:
+            raise LostFolderError(
+                f"the run's folder was deleted, replaced or taken over while it trained ({loss}); "
+                "nothing more is written there"
+            )
+
     def close(self) -> None:
         """Close `train.log` and let go of the lock; a second call does nothing."""
         logging.getLogger().removeHandler(self._log_handler)
@@ -215,8 +224,9 @@ class RunFolder:
 
     def discard_if_new(self) -> None:
         """Close, and remove a folder that this process made: a start that was refused leaves nothing behind."""
+        ours = self._lock.loss() is None
         self.close()
-        if self.is_new:
+        if self.is_new and ours:
             shutil.rmtree(self.path)
 
     def __enter__(self) -> "RunFolder":

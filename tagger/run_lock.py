@@ -103,6 +103,20 @@ class FolderLock:
             write_atomic(path, content)
         logger.info("took over %s, left by %s", path.name, held_by)
 
+    def loss(self) -> str | None:
+        """What became of the lock, for people; None while it is held, or where that cannot be read just now."""
+        try:
+            owner = _Owner.read(self._path)
+        except OSError:
+            return None
+        except FormatError as error:
+            if self._path.exists():
+                return str(error)
+            return f"{self._path if self._path.parent.is_dir() else self._path.parent} is gone"
+        if owner.token == self._owner.token:
+            return None
+        return f"{self._path} is held by process {owner.pid} on {owner.host} since {owner.taken}"
+
     def release(self) -> None:
         """Let go; a lock that was meanwhile deleted or taken over by hand is left as it is."""
         with contextlib.suppress(FormatError):

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal or a STOP file asks; a second signal ends the process at once.
+"""Stopping on request: a signal or a STOP file asks; a second signal, after SAME_REQUEST_S, ends the process at once.
 
 While there is nothing to save yet, the first signal ends at once too, by an exception of the main thread.
 """
@@ -6,6 +6,7 @@ While there is nothing to save yet, the first signal ends at once too, by an exc
 import contextlib
 import logging
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Self
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What asks a process to end: Ctrl-C, a batch system, and a terminal that is closed, where the platform has it.
+SIGNALS = (signal.SIGINT, signal.SIGTERM) + (() if sys.platform == "win32" else (signal.SIGHUP,))
+# What sends a signal to a process and then to its whole group (as `timeout` does) means one request, not two.
+SAME_REQUEST_S = 0.5
 # A look at a file costs microseconds on a local disk and milliseconds on a slow network.
 _LOOK_EVERY_S = 1.0
 
@@ -26,14 +30,20 @@ class StoppedEarly(KeyboardInterrupt):
 class StopRequest:
     """Whether the run has been asked to stop. A context manager of the main thread.
 
-    After the first signal the system's own handlers are back, so that a second one does not wait for anything.
+    Half a second after the first signal the system's own handlers are back, so that a second one does not wait for
+    anything. A SIGHUP that was ignored from the start stays so, as `nohup` wants it.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._previous = {
+            number: handler
+            for number in SIGNALS
+            if (handler := signal.getsignal(number)) != signal.SIG_IGN or number in (signal.SIGINT, signal.SIGTERM)
+        }
         self._made_at = time.time()
         self._at_once = False
+        self._what_follows = "stopping after this step with a checkpoint"
         self._file: Path | None = None
         self._file_seen = False
         self._looked_at = 0.0
@@ -52,9 +62,10 @@ class StopRequest:
         if self.signal_number is not None:
             raise StoppedEarly
 
-    def hold(self) -> None:
-        """There is something to save: from now on a signal is noted, and the loop stops where it can save."""
+    def hold(self, what_follows: str = "stopping after this step with a checkpoint") -> None:
+        """There is something to save: from now on a request is noted, and `what_follows` is what people are told."""
         self._at_once = False
+        self._what_follows = what_follows
 
     @property
     def requested(self) -> bool:
@@ -66,12 +77,12 @@ class StopRequest:
             self._looked_at = now
             self._file_seen = self._file.exists()
             if self._file_seen:
-                logger.warning("%s: stopping after this step with a checkpoint", self._file)
+                logger.warning("%s: %s", self._file, self._what_follows)
         return self._file_seen
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM. 0 for a STOP file."""
+        """128 + the signal's number, as shells report it: 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM. 0 for a STOP file."""
         return 0 if self.signal_number is None else 128 + self.signal_number
 
     @property
@@ -86,7 +97,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in self._previous:
                 signal.signal(number, self._on_signal)
         return self
 
@@ -98,11 +109,16 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the interpreter's signature
+        if self.signal_number is not None:
+            return  # came before it could be ignored
         self.signal_number = number
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        self._answer_all(signal.SIG_IGN)
+        time.sleep(SAME_REQUEST_S)  # here, because later this thread may be where no Python runs
+        self._answer_all(signal.SIG_DFL)
         if self._at_once:
             raise StoppedEarly
-        logger.warning(
-            "%s: stopping after this step with a checkpoint; once more to end at once", signal.Signals(number).name
-        )
+        logger.warning("%s: %s; once more to end at once", signal.Signals(number).name, self._what_follows)
+
+    def _answer_all(self, handler: signal.Handlers) -> None:
+        for number in self._previous:
+            signal.signal(number, handler)

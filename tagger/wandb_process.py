@@ -20,6 +20,7 @@ import psutil
 from PIL import Image
 
 from tagger.errors import SinkError
+from tagger.stop import SIGNALS
 
 # Lengths of the JSON and of the raw bytes that follow it.
 HEADER = struct.Struct("<QQ")
@@ -93,7 +94,7 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Serve the process that started this one until it says `end`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     # The client may read and print; neither may come between the messages.

@@ -11,12 +11,12 @@ one that is given up is a failure that `poll` tells of.
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
-from tagger.checkpoint.format import Json, LoadedCheckpoint, Tensors, encode_state
+from tagger.checkpoint.format import Json, LoadedCheckpoint, Tensors, checkpoint_name, encode_state
 from tagger.checkpoint.room import plan_room, tensor_bytes
 from tagger.checkpoint.snapshot import HostSnapshot, SnapshotPool
 from tagger.checkpoint.store import BestRecord, CheckpointStore
@@ -40,17 +40,23 @@ class _Save:
 class CheckpointSaver:
     """The background side of a store. One at a time for a folder; used by one training thread.
 
-    `num_failures` counts all failures so far, those that `poll` has told of included.
+    `num_failures` counts all failures so far, those that `poll` has told of included. What `before_write` raises, on
+    the writer's thread, is a failure of the save.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
         self._best_score = None if store.best is None else store.best.value
         self._pool = SnapshotPool()
-        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(self._write, self._give_up)
+        self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(
+            self._write,
+            self._give_up,
+            lambda save: f"checkpoint {store.folder / checkpoint_name(save.step)}",
+        )
         self._failures: deque[SaveFailure] = deque()
         self._saved_at_s = 0.0
         self.num_failures = 0
+        self.before_write: Callable[[], None] = lambda: None
 
     @property
     def best_metric(self) -> str:
@@ -108,6 +114,7 @@ class CheckpointSaver:
     def _write(self, save: _Save) -> None:
         commits = self._store.commits
         try:
+            self.before_write()
             self._store.commit(save.step, save.snapshot.tensors, save.state, save.score)
         except Exception as error:
             # What did not reach the disk must not stand in the way of the next best one.

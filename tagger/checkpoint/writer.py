@@ -76,7 +76,7 @@ class CheckpointContent:
 def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
     """Write a checkpoint under `folder` and return its path; it stands there whole or not at all."""
     if not folder.is_dir():
-        folder.mkdir(parents=True)
+        folder.mkdir()  # not its parents: a run's folder that was deleted is not made again
         fsync_folder(folder.parent)
     temporary = folder / f"{TEMPORARY_PREFIX}{checkpoint_name(content.step)}-{secrets.token_hex(4)}"
     temporary.mkdir()
@@ -187,15 +187,22 @@ class AsyncCheckpointWriter(Generic[T]):
     which would end the run, nor hold up training, which saves nothing. One above that number is like any other.
 
     An error of `write` is logged and stops nothing: later items are written all the same. `flush` and `close` raise
-    that of the newest item, whose state is then not on disk.
+    that of the newest item, whose state is then not on disk. `name` is what messages call an item.
     """
 
-    def __init__(self, write: Callable[[T], None], discard: Callable[[T], None] | None = None) -> None:
+    def __init__(
+        self,
+        write: Callable[[T], None],
+        discard: Callable[[T], None] | None = None,
+        name: Callable[[T], str] = lambda _: "a checkpoint",
+    ) -> None:
         self._write = write
+        self._name = name
         self._discard = discard
         self._waiting: deque[_Waiting[T]] = deque()
         self._busy_since: float | None = None
         self._error: Exception | None = None
+        self._failed = ""
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
@@ -227,7 +234,7 @@ class AsyncCheckpointWriter(Generic[T]):
             self._changed.wait_for(lambda: not self._waiting and self._busy_since is None)
             error = self._error
         if error is not None:
-            raise CheckpointWriteError(f"the newest checkpoint could not be written: {error}") from error
+            raise CheckpointWriteError(f"{self._failed} could not be written: {error}") from error
 
     def lag_s(self) -> float:
         """Seconds since the oldest unfinished item was submitted; 0 when all is written."""
@@ -257,7 +264,8 @@ class AsyncCheckpointWriter(Generic[T]):
                 self._write(item)
             except Exception as error:  # handed over: flush and close raise it
                 expected = isinstance(error, OSError | CheckpointError)
-                logger.error("a checkpoint could not be written: %s", error, exc_info=not expected)
+                self._failed = self._name(item)
+                logger.error("%s could not be written: %s", self._failed, error, exc_info=not expected)
                 failure = error.with_traceback(None)  # its frames hold the whole state
             with self._changed:
                 self._error = failure

@@ -30,6 +30,7 @@ from tagger.data.messages import Begin, Done, End, Ended, Failed, Grant, LogLine
 from tagger.data.prefetch import Job, OrderedPrefetcher
 from tagger.data.shared_block import PAGE_BYTES, SharedBlock
 from tagger.data.watch import BOARD_CELLS, WatchedImages
+from tagger.stop import SIGNALS
 
 _ERROR_EXIT = 3
 _NO_LIMIT = 1 << 30
@@ -210,7 +211,7 @@ class _Worker:
 
 def main() -> None:
     """Obey the commands of the process that started this one, until it closes their pipe or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     sender = Sender(os.fdopen(os.dup(1), "wb"))

@@ -27,6 +27,7 @@ from tagger.command import held_back
 from tagger.data.scan import DatasetError
 from tagger.data.sidecar import ExtraField
 from tagger.data.sidecar_rows import ParsedSidecars, SidecarParser
+from tagger.stop import SIGNALS
 
 # Below this many files the start of other processes costs more than they save.
 _MIN_FILES = 100_000
@@ -158,7 +159,7 @@ class _Helpers:
         for number in range(self._number):
             try:
                 # The pipe's end is theirs; a signal to the whole group must not end them in the middle of a task.
-                with held_back(signal.SIGINT, signal.SIGTERM):
+                with held_back(*SIGNALS):
                     self._all.append(_Helper(number))
             except OSError as error:
                 _log.warning("cannot start a process that parses sidecars (%s); going on with %d", error, number)
@@ -239,7 +240,7 @@ def _receive(stream: IO[bytes]) -> tuple[dict, bytes] | None:  # type: ignore[ty
 def main() -> int:
     """A parsing process: tasks on the standard input until it ends, answers on the standard output."""
     # Both reach the whole group; this process ends when its parent closes the pipe.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     tasks, answers = sys.stdin.buffer, sys.stdout.buffer
     first = _receive(tasks)

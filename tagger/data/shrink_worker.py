@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-import signal
 import threading
 import zlib
 from collections import deque
@@ -31,6 +30,7 @@ from tagger.data.scan import TRANSIENT_ERRORS, printable
 from tagger.data.shrink_cache import CacheError, CacheRecipe, ShrinkCache, path_id
 from tagger.data.shrink_shards import SourceFacts
 from tagger.preprocess import Preprocess
+from tagger.stop import SIGNALS
 
 _CHUNK_IMAGES = 8
 _CHUNKS_AHEAD = 4  # per worker: what waits for a slow image is small copies
@@ -136,14 +136,14 @@ def shrink_rows(
     pending: deque[Future[list[Shrunk | Unusable]]] = deque()
     try:
         for chunk in itertools.islice(chunks, _CHUNKS_AHEAD * num_workers):
-            with held_back(signal.SIGINT, signal.SIGTERM):
+            with held_back(*SIGNALS):
                 pending.append(pool.submit(_shrink_chunk, chunk))
         while pending:
             while not wait([pending[0]], timeout=_WAKE_S).done:
                 pass
             results = pending.popleft().result()
             for chunk in itertools.islice(chunks, 1):
-                with held_back(signal.SIGINT, signal.SIGTERM):
+                with held_back(*SIGNALS):
                     pending.append(pool.submit(_shrink_chunk, chunk))
             yield from results
     except BrokenProcessPool as error:

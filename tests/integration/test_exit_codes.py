@@ -190,3 +190,14 @@ def test_a_fault_has_its_exit_code(
     assert reason in str(results["error"])
     newest = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
     assert newest == (results["steps"] if saved is None else saved)
+    if status in ("failed", "diverged"):
+        assert f"the newest checkpoint is of step {newest}" in str(results["error"])
+
+
+def test_divergence_before_any_checkpoint_says_that_there_is_none(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    not_a_number(monkeypatch, images)
+    assert train_direct.main(arguments(images, tmp_path, "run", "checkpoint.every_steps=1000")) == 4
+    assert "there is no checkpoint yet: start over with --resume auto" in str(results_of(tmp_path / "run")["error"])
+    assert "from a checkpoint" not in caplog.text

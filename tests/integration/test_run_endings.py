@@ -13,6 +13,7 @@ import torch
 
 import start_up
 import train_direct
+from tagger import stop
 from tagger.alerts import Alerts
 from tagger.checkpoint import store
 from tagger.checkpoint.format import verify_checkpoint
@@ -21,6 +22,7 @@ from tagger.data import image_reader
 from tagger.data.quarantine import FileFacts
 from tagger.errors import DataFailureError, StorageError
 from tagger.optim import MuonAdamW
+from tagger.run_lock import FolderLock
 from tests.integration.test_train_direct import arguments, final_state, losses_of, results_of, run
 from tests.webhook import CERTIFICATE, Webhook
 
@@ -305,7 +307,7 @@ def test_a_start_without_memory_has_its_code(images: Path, tmp_path: Path, monke
     assert not (tmp_path / "run").exists()
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(number, 128 + number) for number in stop.SIGNALS]
 MOMENTS = ["open_data_and_model", "create_optimizer", "compile_model", "the first batch", "the first update"]
 
 
@@ -329,7 +331,7 @@ def interrupt_at(moment: str, number: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module, name, interrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=str)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_before_the_first_update_ends_at_once_and_leaves_no_run(
     images: Path,
@@ -460,3 +462,24 @@ def test_a_stop_during_validation_saves_at_once_and_makes_up_for_it(
         assert train_direct.main(arguments(images, tmp_path, "run")) == 0
     assert results_of(tmp_path / "run")["steps"] == 5
     assert_goes_on_as(straight, images, tmp_path / "run")
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_run_whose_folder_is_lost_ends_and_writes_nothing_more_there(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replaced: bool
+) -> None:
+    folder, real = tmp_path / "run", train_direct.train_step
+
+    def losing(parts: start_up.Parts, window: train_direct.Window) -> tuple[torch.Tensor, ...]:
+        if parts.state.step == FAULT_STEP:
+            folder.rename(tmp_path / "moved")
+            if replaced:
+                folder.mkdir()
+                FolderLock(folder / "run.lock")
+        return real(parts, window)
+
+    monkeypatch.setattr(train_direct, "train_step", losing)
+    assert train_direct.main(arguments(images, tmp_path, "run", "checkpoint.every_steps=2")) == 6
+    assert [path.name for path in folder.rglob("*")] == ["run.lock"] if replaced else not folder.exists()
+    assert "the run's folder was deleted, replaced or taken over" in caplog.text
+    assert "is held by process" in caplog.text if replaced else "run is gone" in caplog.text

@@ -15,6 +15,7 @@ import pytest
 
 from tagger.command import Stopped, command, held_back
 from tagger.errors import DivergedError, InputError, RunFailedError, StorageError
+from tagger.stop import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals for another process")
@@ -22,7 +23,7 @@ POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -67,7 +68,7 @@ def test_what_is_not_known_keeps_its_traceback_and_handlers_come_back() -> None:
 
 
 @POSIX_ONLY
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(1, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_unwinds_and_a_second_at_once_is_the_same_request(
     capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
@@ -86,7 +87,7 @@ def test_a_signal_unwinds_and_a_second_at_once_is_the_same_request(
 
     assert main() == code
     assert len(folders) == 2 and not folders[0].exists()
-    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     assert capsys.readouterr().err == f"stopped by {name}; start again\n"
 
 
@@ -158,7 +159,7 @@ def _stop(process: subprocess.Popen[str], number: signal.Signals, wait: bool = T
     return errors
 
 
-SIGNALS = pytest.mark.parametrize(
+ENDINGS = pytest.mark.parametrize(
     ("number", "code", "line"),
     [(signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
 )
@@ -170,7 +171,7 @@ INDEX = WAIT + "import tagger.data.index as it\nit.add_scanned_rows = wait\n"
 
 @POSIX_ONLY
 @pytest.mark.slow
-@SIGNALS
+@ENDINGS
 @pytest.mark.parametrize("run", ["scripts.index", "scripts.inspect_dataset", "vocabulary", "train_direct"])
 def test_a_stopped_indexing_leaves_nothing(
     tmp_path: Path, run: str, number: signal.Signals, code: int, line: str
@@ -197,7 +198,7 @@ def test_a_stopped_indexing_leaves_nothing(
 
 @POSIX_ONLY
 @pytest.mark.slow
-@SIGNALS
+@ENDINGS
 def test_processes_that_parse_sidecars_end_with_a_stopped_indexing(
     tmp_path: Path, number: signal.Signals, code: int, line: str
 ) -> None:
@@ -218,7 +219,7 @@ def test_processes_that_parse_sidecars_end_with_a_stopped_indexing(
 
 @POSIX_ONLY
 @pytest.mark.slow
-@SIGNALS
+@ENDINGS
 def test_a_stopped_drawing_of_the_demo_set_leaves_nothing(
     tmp_path: Path, number: signal.Signals, code: int, line: str
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from Configuration_System import FullConfig
 from scripts import start_training
 from scripts.start_training import CALLED_FROM, Step, from_callers_folder, main, wants_demo_data
+from tagger.stop import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are not passed on there")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_child_answers_a_signal_and_the_driver_returns_its_code(tmp_path: Path, number: int) -> None:
     ready = tmp_path / "ready"
     child = (

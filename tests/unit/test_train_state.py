@@ -316,7 +316,7 @@ def test_a_failed_last_save_does_not_hide_what_ended_the_run(
     with pytest.raises(KeyError, match="the reason"), CheckpointManager(tmp_path, 2, "val/mAP") as manager:
         manager.save(new_state())
         raise KeyError("the reason")
-    assert "the newest checkpoint could not be written: [Errno 28]" in caplog.text
+    assert f"checkpoint {tmp_path / 'step-000000000'} could not be written: [Errno 28]" in caplog.text
 
 
 def test_records_that_fail_are_told_but_the_state_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
