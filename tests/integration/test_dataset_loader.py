@@ -376,13 +376,17 @@ def test_calibration_and_test_images_are_served_to_neither_loader(root: Path, gr
         DataLoader(train.dataset, split.validation_rows, 4, train.options, split=split, seed=1)
 
 
-def test_names_that_all_images_share_are_split_by_path(root: Path, tmp_path: Path) -> None:
-    same = tmp_path / "same"
+def copy_under_one_name(root: Path, same: Path) -> None:
     for number, path in enumerate(sorted(root.rglob("*.json"))):
         (same / f"{number}").mkdir(parents=True)
         draw(number).save(same / f"{number}" / "image.png")
         sidecar = {**json.loads(path.read_bytes()), "filename": "image.png"}
         (same / f"{number}" / "image.json").write_text(json.dumps(sidecar))
+
+
+def test_names_that_all_images_share_are_split_by_path(root: Path, tmp_path: Path) -> None:
+    same = tmp_path / "same"
+    copy_under_one_name(root, same)
     with pytest.raises(SplitError, match=r"for validation; .* only 1 distinct name, .* set data\.split_key=path"):
         loaders(same)
     train, validation, _ = loaders(same, data__split_key="path")
@@ -412,6 +416,23 @@ def test_files_of_one_name_that_change_places_are_noticed_by_path(root: Path) ->
     with pytest.raises(PositionError, match="images or split"):
         other.seek(epoch_of(by_path)[0][1])
     by_name.seek(epoch_of(by_name)[0][1])
+
+
+def test_another_list_of_paths_is_noticed_where_all_names_are_one(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    same, listing = tmp_path / "same", tmp_path / "val.txt"
+    copy_under_one_name(root, same)
+    listing.write_text("3/image\n5/image\n")
+    before, _, _ = loaders(same, data__val_list=str(listing))
+    position = epoch_of(before)[0][1]
+    listing.write_text("3/image\n6/image\n")
+    train, _, _ = loaders(same, data__val_list=str(listing))
+    assert train.num_rows == before.num_rows
+    with pytest.raises(PositionError, match="images or split"):
+        train.seek(position)
+    train.seek(train.carry_over(position))
+    assert train.batches_remaining == len(train) and "the images to train on are not those" in caplog.text
 
 
 def test_an_empty_side_says_what_to_change(root: Path) -> None:
@@ -478,7 +499,7 @@ def test_a_row_of_another_part_is_refused_by_a_part_loader(drawn: Path, part: Pa
     split = validation.split
     assert split is not None
     for other in Part:
-        if other != part:
+        if other not in {part, Part.UNUSED}:  # nobody is unused here
             planted = np.append(split.rows(part), split.rows(other)[0])
             with pytest.raises(ValueError, match=r"1 of the .* rows to serve are held out"):
                 DataLoader(validation.dataset, planted, 4, validation.options, split=split)
