@@ -21,6 +21,7 @@ from tagger.config_checks import CALIB_STARTS_AT, split_fractions, split_setting
 from tagger.data.hash_cache import image_hashes
 from tagger.data.index import MetadataIndex
 from tagger.data.near_duplicates import NearDuplicates, find_near_duplicates
+from tagger.data.scan import image_suffixes
 from tagger.data.sidecar import RATINGS
 from tagger.data.stratify import stratified_parts
 from tagger.errors import InputError
@@ -359,6 +360,8 @@ def _report_unmatched(unmatched: list[str], num_lines: int, source: str) -> None
     if not unmatched:
         return
     examples = ", ".join(unmatched[:3])
+    if any(line.rpartition(".")[2].lower() in image_suffixes() for line in unmatched):
+        examples += "; a name is written without its suffix"
     if len(unmatched) == num_lines:
         logger.error("%s: none of its %d lines names an image of this data set, e.g. %s", source, num_lines, examples)
     else:

@@ -134,7 +134,7 @@ def test_a_list_that_matches_nothing_is_an_error_line(caplog: pytest.LogCaptureF
     listed("one.png", "two.png")
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    assert "list.txt" in record.message and "one.png" in record.message
+    assert "list.txt" in record.message and "one.png, two.png; a name is written without its suffix" in record.message
 
 
 def test_a_list_is_read_as_people_write_it(tmp_path: Path) -> None:
