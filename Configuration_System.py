@@ -164,8 +164,8 @@ class OrientationSection:
 class AugmentOperation:
     """How often an operation acts (per image) and how strongly (its unit is the operation's)."""
 
-    probability: float = 0.5
-    strength: float = 0.1
+    probability: float
+    strength: float
 
 
 @dataclass

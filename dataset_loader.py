@@ -141,7 +141,7 @@ class LoadOptions:
         cache = None
         if section.cache_dir is not None:
             cache = ShrinkCache.open(section.cache_dir)
-            cache.require(preprocess.longest_side, preprocess.background)
+            cache.require(preprocess.longest_side, preprocess.background, preprocess.image_size)
         num_processes, num_threads = plan_workers(
             section.num_processes, section.num_threads, section.prefetch_batches, on_cuda=on_cuda
         )

@@ -418,11 +418,11 @@ def open_contender(
         load = replace(beside.options, preprocess=weights.artifact.preprocess, cache=None)
     else:
         run, config = open_run(place, overrides)
-        if config.data.split_key != home.data.split_key:
-            raise InputError(f"{run} goes by another data.split_key: which images both hold out cannot be told")
         vocabulary = TagVocabulary.load(run / "vocabulary.json")
         require_vocabulary(weights, vocabulary)
         split = split_dataset(config.data, open_dataset(config.data))
+        if beside.split is None or split.key != beside.split.key:
+            raise InputError(f"{run} is split by {split.key}, the other run is not: what both hold out cannot be told")
         load = LoadOptions.from_config(config.data, config.model.resolved_patch_size, on_cuda=device.type == "cuda")
         mean, std = load.preprocess.mean, load.preprocess.std
         model = create_model(config.model, len(vocabulary), config.data.image_size, mean=mean, std=std)

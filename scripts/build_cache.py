@@ -28,6 +28,7 @@ from tagger.command import command
 from tagger.data.shrink_build import REFUSED, BuildOptions, BuildProgress, BuildReport, build_cache, check_folder
 from tagger.data.shrink_cache import CacheError, CacheRecipe
 from tagger.options import OptionError, Parser, number, output_folder, whole
+from tagger.preprocess import Preprocess
 
 EXAMPLE = (
     "example:\n  python -m scripts.build_cache configs/demo.yaml --folder .tagsmith/cache-448 --size 448\n"
@@ -65,8 +66,9 @@ class _Bar:
 
 def _options(config: FullConfig, arguments: argparse.Namespace) -> BuildOptions:
     red, green, blue = config.data.background
-    size = config.data.image_size if arguments.size is None else arguments.size
-    recipe = CacheRecipe(size, (red, green, blue), arguments.quality)
+    data, patch_size = config.data, config.model.resolved_patch_size
+    needed = Preprocess.create(data.image_size, data.fit, patch_size, (red, green, blue)).longest_side
+    recipe = CacheRecipe(arguments.size or needed, (red, green, blue), arguments.quality)
     return BuildOptions(
         recipe,
         max_pixels=int(config.data.max_megapixels * 1_000_000),
@@ -107,9 +109,8 @@ def _parser() -> Parser:
     parser.add_argument("config", type=Path, metavar="RECIPE", help="a recipe that names the data set")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.roots=[/my/images]")
     parser.add_argument("--folder", type=output_folder, help="where the cache is (default: data.cache_dir)")
-    parser.add_argument(
-        "--size", type=whole(1, 65_500), help="longest side of the copies, pixels (default: data.image_size)"
-    )
+    size = "longest side of the copies, pixels (default: data.image_size, or the longest side of its buckets)"
+    parser.add_argument("--size", type=whole(1, 65_500), help=size)
     parser.add_argument(
         "--quality", type=whole(1, 100), default=95, help="JPEG quality (default: 95; colour is kept 4:4:4)"
     )

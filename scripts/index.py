@@ -83,7 +83,7 @@ def problem_lines(index: MetadataIndex) -> Iterator[tuple[str, str]]:
     for item in index.rejected:
         yield item.kind, _line(item.path, item.reason)
     for title, paths in (
-        ("image without sidecar", index.images_without_sidecar),
+        (f"image without {index.label_source}", index.images_without_sidecar),
         ("sidecar without image", index.sidecars_without_image),
     ):
         for path in paths:

@@ -79,7 +79,7 @@ def _read_recipe(path: Path, parents: tuple[Path, ...]) -> list[Layer]:
         raise ConfigError(f"{path}: 'defaults' must be a list of recipe names, for example [unified_config]")
     layers: list[Layer] = []
     for name in defaults:
-        layers += _read_recipe(path.parent / f"{name}.yaml", (*parents, resolved))
+        layers += _read_recipe(path.parent / f"{name.removesuffix('.yaml')}.yaml", (*parents, resolved))
     return [*layers, Layer(f"file {path}", _flatten(content))]
 
 
@@ -126,6 +126,10 @@ def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
     try:
         built = typing.cast(T, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
+        if missing := sorted(OmegaConf.missing_keys(tree)):
+            group = missing[0].rpartition(".")[0]
+            message = f"{' and '.join(missing)} must be set too: {group} has no default for it; or set {group}=null"
+            raise ConfigError(message) from error
         raise ConfigError(str(error).splitlines()[0]) from error
     plain = _flatten(_to_plain(built))
     return Loaded(built, {key: _origin_of(key, origin) for key in plain})

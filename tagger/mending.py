@@ -152,7 +152,8 @@ class _Planner:
     def take(self, wanted: Wanted) -> None:
         """Add a line to the plan, as a change or as one that is needless or refused."""
         where = f"line {wanted.line}: {printable(wanted.image)}"
-        row = self._finder.row_of(wanted.root, wanted.image)
+        path = Path(wanted.image)
+        row = self._finder.row_of_file(path) if path.is_absolute() else self._finder.row_of(wanted.root, wanted.image)
         if row is None:
             self.plan.refused.append(f"{where}: no such image in the data set, or one in several of its folders")
             return

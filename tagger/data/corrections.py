@@ -153,6 +153,16 @@ class RowFinder:
         rows = [row for row in found if row is not None]
         return rows[0] if len(rows) == 1 else None
 
+    def row_of_file(self, path: Path) -> int | None:
+        """The row of the image at an absolute path, whose folders may be links; None where no root has it."""
+        for spelled in (path, path.parent.resolve() / path.name):
+            for number, root in enumerate(self._index.roots):
+                if spelled.is_relative_to(root):
+                    row = self._index.find_row(number, spelled.relative_to(root).as_posix())
+                    if row is not None:
+                        return row
+        return None
+
 
 def _columns(index: Rows, corrected: Mapping[int, tuple[Record, Record]], report: tuple[str, ...]) -> Corrections:
     num_known = len(index.tag_names)

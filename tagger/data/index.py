@@ -75,6 +75,9 @@ def open_index(
     Raises DatasetError when a root is missing or holds no image, or when no row is left, InputError for a bad journal.
     """
     index = _open_rows(roots, index_dir, extra_fields, annotations, processes, progress)
+    for field in parse_extra_fields(extra_fields):
+        if not index.has_tag_prefix(f"{field.prefix}:"):
+            _log.warning("data.extra_fields: no image has a tag by the field '%s'; check its spelling", field.name)
     if corrections is not None:
         index.correct(read_corrections(corrections.expanduser(), index))
     if headers:
@@ -208,6 +211,8 @@ class MetadataIndex:
         self._verified = False
         self.fingerprint: str = meta["fingerprint"]
         self.roots = tuple(Path(root) for root in meta["roots"])
+        # What an image without labels lacks, in words.
+        self.label_source = "sidecar" if meta["annotations"] is None else "an entry"
         self.num_rows: int = meta["num_rows"]
         # Sidecars that were refused for what they hold.
         self.num_refused: int = meta["num_refused"]
@@ -388,12 +393,17 @@ class MetadataIndex:
         """Rows whose rating is not understood; they are kept, without rating."""
         return tuple(self._problems.unknown_ratings)
 
+    def has_tag_prefix(self, prefix: str) -> bool:
+        """Whether an image has a tag that begins so."""
+        counted = zip(self.tag_names, self._tag_counts.tolist(), strict=True)
+        return any(count and name.startswith(prefix) for name, count in counted)
+
     def report(self) -> tuple[str, ...]:
         """What was indexed and what was not, in lines for people."""
         folders = "1 folder" if len(self.roots) == 1 else f"{len(self.roots)} folders"
         num_tags = int(np.count_nonzero(self._tag_counts))  # corrections may have left none of one
         lines = [f"{self.num_rows:,} images with {num_tags:,} distinct tags in {folders}"]
-        lines += describe_problems(self._problems)
+        lines += describe_problems(self._problems, self.label_source)
         lines += self.corrections.report if self.corrections is not None else ()
         return tuple(lines)
 

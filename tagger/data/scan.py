@@ -389,8 +389,8 @@ def _describe_files(scan: FolderScan) -> str:
     return f"it holds {scan.num_files:,} files{f' ({listed})' if listed else ''}"
 
 
-def describe_problems(problems: Problems) -> list[str]:
-    """One line for each sort of problem: how many, and up to three of them."""
+def describe_problems(problems: Problems, label_source: str = "sidecar") -> list[str]:
+    """One line for each sort of problem: how many, and up to three of them. label_source: what some images lack."""
     lines: list[str] = []
     kinds: dict[str, list[Rejected]] = {}
     for item in problems.rejected:
@@ -398,7 +398,7 @@ def describe_problems(problems: Problems) -> list[str]:
     for kind, items in sorted(kinds.items(), key=lambda pair: (-len(pair[1]), pair[0])):
         lines.append(_count_line(f"rejected, {kind}", [_with_detail(item) for item in items]))
     for title, paths in (
-        ("images without sidecar", problems.images_without_sidecar),
+        (f"images without {label_source}", problems.images_without_sidecar),
         ("sidecars without image", problems.sidecars_without_image),
         ("ratings not understood (rows kept without)", [_with_detail(item) for item in problems.unknown_ratings]),
     ):

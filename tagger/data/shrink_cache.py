@@ -215,17 +215,21 @@ class ShrinkCache:
         """Number of copies; several paths of the same content share one."""
         return len(self.entries)
 
-    def require(self, image_size: int, background: tuple[int, int, int]) -> None:
+    def require(self, longest_side: int, background: tuple[int, int, int], image_size: int | None = None) -> None:
         """Raises CacheError unless the copies serve images of this longest side on this background.
+
+        image_size: what the recipe says, where buckets of it have longer sides (None: the longest side).
 
         Reads the tables as `verify_tables` does: whoever trains asks this first.
         """
         self.verify_tables()
-        if self.recipe.image_size < image_size:
+        if self.recipe.image_size < longest_side:
+            buckets = image_size is not None and image_size != longest_side
+            needs = f"buckets of data.image_size={image_size} have sides up to {longest_side}"
+            needs = needs if buckets else f"data.image_size={longest_side} needs at least as much"
             raise CacheError(
                 f"data.cache_dir: the copies in {printable(self.folder)} are {self.recipe.image_size} px, "
-                f"data.image_size={image_size} needs at least as much; build a cache with --size {image_size} in "
-                "another folder, or set data.cache_dir=null"
+                f"{needs}; build a cache with --size {longest_side} in another folder, or set data.cache_dir=null"
             )
         if self.recipe.background != background:
             raise CacheError(

@@ -8,7 +8,7 @@ of training, and small sets can be stratified. Refuses splits with an empty part
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -21,6 +21,7 @@ from tagger.config_checks import CALIB_STARTS_AT, split_fractions, split_setting
 from tagger.data.hash_cache import image_hashes
 from tagger.data.index import MetadataIndex
 from tagger.data.near_duplicates import NearDuplicates, find_near_duplicates
+from tagger.data.scan import image_suffixes
 from tagger.data.sidecar import RATINGS
 from tagger.data.stratify import stratified_parts
 from tagger.errors import InputError
@@ -72,7 +73,7 @@ class SplitRule:
     two are of the images that the list leaves. key: what is hashed, the stem (a file that moves to another folder keeps
     its part, and all files of one name share it) or the path below its root without suffix. near_duplicate_bits: of
     near-duplicates within that distance only those of one part are used (None: each image by itself). stratified: by
-    `stratified_parts` instead of by hash.
+    `stratified_parts` instead of by hash; `key` is not used.
     """
 
     val_fraction: float
@@ -86,10 +87,13 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class Split:
-    """parts: uint8 [N], the `Part` of each row. keys: uint64 [N], `stable_id` of what the rule says is hashed."""
+    """parts: uint8 [N], the `Part` of each row. keys: uint64 [N], by which the images of a part are known: `stable_id`
+    of what `key` says. Files of one name that can be in different parts are known by path.
+    """
 
     parts: NDArray[np.uint8]
     keys: NDArray[np.uint64]
+    key: SplitKey = "name"
 
     def rows(self, part: Part) -> NDArray[np.integer]:
         """The rows of a part, ascending."""
@@ -144,16 +148,19 @@ def split_index(
         stratified=rule.stratified,
     )
     if rule.stratified:
-        return _checked(Split(_stratify(index, rule), index.image_ids), rule)
-    keys = index.image_ids if rule.key == "name" else path_ids(index)
-    split = split_rows(index.image_ids, index.image_path, rule, keys)
+        keys = path_ids(index)
+        return _checked(Split(_stratify(index, rule), keys, "path"), rule, keys)
+    by_path = rule.key == "path" or (rule.val_list is not None and _names_paths(read_list(rule.val_list)))
+    paths = path_ids(index) if by_path else None
+    hashed = paths if rule.key == "path" and paths is not None else index.image_ids
+    split = split_rows(index.image_ids, index.image_path, rule, hashed, paths)
     if rule.near_duplicate_bits is None:
         return split
     hashes = image_hashes(index, max_pixels=max_pixels, num_threads=num_threads)
     found = find_near_duplicates(hashes.hashes, hashes.usable, rule.near_duplicate_bits)
-    grouped = Split(separate_groups(split.parts, found.labels), keys)
+    grouped = replace(split, parts=separate_groups(split.parts, found.labels))
     _report_groups(split.parts, grouped.parts, found)
-    return _checked(grouped, rule)
+    return _checked(grouped, rule, hashed)
 
 
 def path_ids(index: MetadataIndex) -> NDArray[np.uint64]:
@@ -170,21 +177,24 @@ def split_rows(
     image_ids: NDArray[np.uint64],
     image_path: Callable[[int], PurePath],
     rule: SplitRule,
-    keys: NDArray[np.uint64] | None = None,
+    hashed: NDArray[np.uint64] | None = None,
+    paths: NDArray[np.uint64] | None = None,
 ) -> Split:
     """Split rows by the rule's list and by hash, each image by itself.
 
-    image_ids: uint64 [N], `stable_id` of each stem. image_path: row -> path of the image. keys: uint64 [N], what is
-    hashed (None: image_ids). Raises SplitError when the list cannot be read or a part is empty.
+    image_ids: uint64 [N], `stable_id` of each stem. image_path: row -> path of the image. hashed: uint64 [N], what is
+    hashed (None: image_ids). paths: uint64 [N], `path_ids`, by which the images are known then (None: by image_ids).
+    Raises SplitError when the list cannot be read or a part is empty.
     """
-    keys = image_ids if keys is None else keys
+    hashed = image_ids if hashed is None else hashed
     if rule.val_list is None:
-        parts = hashed_parts(keys, rule.val_fraction, rule.calib_fraction, rule.test_fraction)
+        parts = hashed_parts(hashed, rule.val_fraction, rule.calib_fraction, rule.test_fraction)
     else:
-        parts = hashed_parts(keys, 0.0, rule.calib_fraction, rule.test_fraction)
+        parts = hashed_parts(hashed, 0.0, rule.calib_fraction, rule.test_fraction)
         parts[listed_mask(image_ids, image_path, read_list(rule.val_list), str(rule.val_list))] = Part.VAL
-    split = _checked(Split(parts, keys), rule)
-    _report_shared_names(split, rule)
+    split = Split(parts, image_ids) if paths is None else Split(parts, paths, "path")
+    split = _checked(split, rule, hashed)
+    _report_shared_names(split, rule, hashed)
     return split
 
 
@@ -237,7 +247,7 @@ def _stratify(index: MetadataIndex, rule: SplitRule) -> NDArray[np.uint8]:
     return stratified_parts(offsets, tags, index.image_ids, fractions)
 
 
-def _checked(split: Split, rule: SplitRule) -> Split:
+def _checked(split: Split, rule: SplitRule, hashed: NDArray[np.uint64]) -> Split:
     """The split, where each part that was asked for has an image."""
     if rule.val_list is None:
         chosen = f"data.val_fraction={rule.val_fraction} of {len(split.parts)} images"
@@ -249,7 +259,7 @@ def _checked(split: Split, rule: SplitRule) -> Split:
     found = np.bincount(split.parts, minlength=len(Part))
     for part, remedy in ((Part.VAL, more), (Part.TRAIN, fewer)):
         if not found[part]:
-            names = _shared_names(split, rule) if rule.val_list is None else ""
+            names = _shared_names(hashed, rule) if rule.val_list is None else ""
             raise SplitError(f"{chosen} leaves no image for {part.purpose}; {names}{remedy}")
     for part, name, fraction in (
         (Part.CALIB, "calib_fraction", rule.calib_fraction),
@@ -258,21 +268,21 @@ def _checked(split: Split, rule: SplitRule) -> Split:
         if fraction and not found[part]:
             raise SplitError(
                 f"data.{name}={fraction} of {len(split.parts)} images leaves no image for {part.purpose}; "
-                f"{_shared_names(split, rule)}raise it, or set it to 0"
+                f"{_shared_names(hashed, rule)}raise it, or set it to 0"
             )
     return split
 
 
-def _shared_names(split: Split, rule: SplitRule) -> str:
+def _shared_names(hashed: NDArray[np.uint64], rule: SplitRule) -> str:
     """Where images share names, and with them a part: that, and what to do, before another remedy; else empty."""
-    num_names = len(np.unique(split.keys))
-    if rule.key == "path" or rule.stratified or num_names == len(split.keys):
+    num_names = len(np.unique(hashed))
+    if rule.key == "path" or rule.stratified or num_names == len(hashed):
         return ""
     known = "1 distinct name" if num_names == 1 else f"{num_names} distinct names"
     return f"the images have only {known}, and those of one name share a part: set data.split_key=path, or "
 
 
-def _report_shared_names(split: Split, rule: SplitRule) -> None:
+def _report_shared_names(split: Split, rule: SplitRule, hashed: NDArray[np.uint64]) -> None:
     """A line where a part is far from its share because images share names."""
     found = np.bincount(split.parts, minlength=len(Part)) / len(split.parts)
     shares = {Part.CALIB: rule.calib_fraction, Part.TEST: rule.test_fraction}
@@ -280,7 +290,7 @@ def _report_shared_names(split: Split, rule: SplitRule) -> None:
         shares[Part.VAL] = rule.val_fraction
     for part, share in shares.items():
         far = not share / _FAR_FROM_SHARE <= found[part] <= share * _FAR_FROM_SHARE
-        if far and (names := _shared_names(split, rule)):
+        if far and (names := _shared_names(hashed, rule)):
             message = "%.1f %% of the images are for %s, %.1f %% were asked for: %slive with it"
             logger.warning(message, 100 * found[part], part.purpose, 100 * share, names)
 
@@ -329,6 +339,10 @@ def listed_mask(
     return validation
 
 
+def _names_paths(lines: list[str]) -> bool:
+    return any("/" in line for line in lines)
+
+
 def read_list(path: Path) -> list[str]:
     """The names in a list file, one a line; blank lines are skipped. Raises SplitError when it cannot be read."""
     try:
@@ -346,6 +360,8 @@ def _report_unmatched(unmatched: list[str], num_lines: int, source: str) -> None
     if not unmatched:
         return
     examples = ", ".join(unmatched[:3])
+    if any(line.rpartition(".")[2].lower() in image_suffixes() for line in unmatched):
+        examples += "; a name is written without its suffix"
     if len(unmatched) == num_lines:
         logger.error("%s: none of its %d lines names an image of this data set, e.g. %s", source, num_lines, examples)
     else:

@@ -221,7 +221,7 @@ def _index_problems(index: MetadataIndex) -> list[Problem]:
     ratings = [f"{item.path}: {item.reason}" for item in index.unknown_ratings]
     return [
         *problems,
-        *_counted("image without sidecar", index.images_without_sidecar),
+        *_counted(f"image without {index.label_source}", index.images_without_sidecar),
         *_counted("sidecar without image", index.sidecars_without_image),
         *_counted("rating not understood", ratings),
     ]

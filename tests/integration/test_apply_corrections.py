@@ -130,6 +130,20 @@ def test_bad_lines_are_named_and_nothing_is_written(
     assert "Traceback" not in err
 
 
+def test_lines_of_ones_own_may_name_images_by_absolute_paths(
+    call: Call, run: Path, root: Path, journal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own" / "lines.jsonl"
+    own.parent.mkdir()
+    own.write_text(json.dumps({"image": str(root / CIRCLE), "tag": "square", "kind": "missing", "accept": True}))
+    assert apply_corrections.main([str(own), "--run", str(run), "--journal", str(journal)]) == 0
+    assert "square" in tags_of(root, journal)[0]
+    capsys.readouterr()
+    line = (str(tmp_path / CIRCLE), "square", "missing")
+    code, _, err = call([line], "--accept-all")
+    assert code == 2 and "no such image in the data set" in err
+
+
 def test_bad_lines_can_be_left_out_and_new_tags_asked_for(call: Call, root: Path, journal: Path) -> None:
     lines = [("even/none.png", "circle", "missing"), (CIRCLE, "brand new", "missing")]
     code, out, err = call(lines, "--accept-all", "--skip-bad", "--new-tags")

@@ -14,6 +14,8 @@ import psutil
 import pytest
 import torch
 
+from Configuration_System import load_config
+from dataset_loader import LoadOptions
 from scripts.build_cache import main
 from tagger.data.image_reader import ImageReader
 from tagger.data.index import open_index
@@ -53,6 +55,19 @@ def test_the_command_builds_says_what_it_did_and_can_be_repeated(
     assert f"{NUM_IMAGES - 1} were there, 0 made" in capsys.readouterr().out
     build_cache(tmp_path / "direct", indexed(root), OPTIONS)
     assert content_of(tmp_path / "direct") == content_of(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("fit", "size"), [("letterbox", 64), ("buckets", 80)])
+def test_the_command_makes_by_itself_the_size_that_training_asks_for(
+    root: Path, tmp_path: Path, fit: str, size: int
+) -> None:
+    settings = [f"data.roots=[{root}]", f"data.index_dir={tmp_path / 'index'}", "data.image_size=64", f"data.fit={fit}"]
+    folder = tmp_path / "cache"
+    assert main([str(RECIPE), *settings, f"data.cache_dir={folder}", "--workers", "0"]) == 0
+    assert ShrinkCache.open(folder).recipe.image_size == size
+    section = load_config(RECIPE, [*settings, f"data.cache_dir={folder}"], environment={})
+    options = LoadOptions.from_config(section.data, section.model.resolved_patch_size)
+    assert options.cache is not None and options.preprocess.longest_side == size
 
 
 def test_the_command_refuses_in_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

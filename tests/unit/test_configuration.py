@@ -91,7 +91,9 @@ def test_run_is_named_after_its_recipe(recipe: Path) -> None:
         ("data.roots=5", "data.roots=5 is not a list of texts; write it as data.roots=[one,two]"),
         ("data.roots=null", "data.roots=null is not a list of texts"),
         ("training={num_epoch: 3}", "did you mean 'training.num_epochs'"),
-        ("augment.rotation.probability=3", "augment.rotation.probability=3.0 is not between 0 and 1"),
+        ("augment.rotation={probability: 3, strength: 1}", "augment.rotation.probability=3.0 is not between 0 and 1"),
+        ("augment.rotation={probability: .5}", "augment.rotation.strength must be set too"),
+        ("augment.blur.strength=2", "augment.blur.probability must be set too: augment.blur has no default for it"),
         ("augment.rotation={probability: 1, strength: -1}", "augment.rotation.strength=-1.0 is below 0"),
         ("loss.clip=1", "loss.clip=1.0"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
@@ -125,7 +127,9 @@ def test_numbers_written_as_people_write_them_are_numbers(recipe: Path) -> None:
 
 
 def test_an_operation_is_turned_off_by_null(recipe: Path) -> None:
-    recipe.write_text("defaults: [unified_config]\naugment: {rotation: {strength: 5}}\n", encoding="utf-8")
+    recipe.write_text(
+        "defaults: [unified_config.yaml]\naugment: {rotation: {probability: 0.5, strength: 5}}\n", encoding="utf-8"
+    )
     on, off = load_config(recipe, environment={}), load_config(recipe, ["augment.rotation=null"], {})
     assert on.augment.rotation is not None
     assert (on.augment.rotation.probability, on.augment.rotation.strength) == (0.5, 5.0)

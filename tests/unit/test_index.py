@@ -53,6 +53,15 @@ def _kinds(index: MetadataIndex) -> dict[str, str]:
     return {Path(item.path).name: item.kind for item in index.rejected}
 
 
+def test_an_extra_field_that_gives_no_tag_is_warned_of(root, caplog):
+    for _ in range(2):  # built, and opened as it is
+        caplog.clear()
+        _open(root, extra_fields=["categories", "nothere=not"])
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "data.extra_fields: no image has a tag by the field 'nothere'; check its spelling"
+        ]
+
+
 def test_rows_carry_paths_tags_and_ratings_in_path_order(root):
     index = _open(root, extra_fields=["categories"])
     assert _rows(index) == [
@@ -396,6 +405,7 @@ def test_annotation_files_of_each_form_give_the_same_rows(folder, name, content)
     assert _rows(index) == [("a.png", ("z",), "questionable"), ("sub/b.png", ("x", "y"), None)]
     assert index.image_path(1) == folder.resolve() / "sub/b.png"
     assert [Path(path).name for path in index.images_without_sidecar] == ["c.png"]
+    assert index.report()[1].startswith("images without an entry: 1 (")
 
 
 def test_annotations_from_name_to_tags_alone(folder):

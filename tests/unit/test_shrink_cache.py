@@ -304,6 +304,8 @@ def test_a_cache_that_cannot_serve_the_recipe_is_refused(root: Path, folder: Pat
         CacheError, match=rf"are {SIZE} px, data.image_size=64 needs at least as much; build .* --size 64"
     ):
         cache.require(64, RECIPE.background)
+    with pytest.raises(CacheError, match=r"px, buckets of data.image_size=64 have sides up to 80; build .* --size 80"):
+        cache.require(80, RECIPE.background, 64)
     with pytest.raises(CacheError, match=r"background \[10, 200, 30\], data.background is \[0, 0, 0\]"):
         cache.require(SIZE, (0, 0, 0))
 

@@ -12,6 +12,7 @@ from tagger.data.split import (
     Part,
     Split,
     SplitError,
+    SplitKey,
     SplitRule,
     hashed_parts,
     listed_mask,
@@ -133,7 +134,7 @@ def test_a_list_that_matches_nothing_is_an_error_line(caplog: pytest.LogCaptureF
     listed("one.png", "two.png")
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    assert "list.txt" in record.message and "one.png" in record.message
+    assert "list.txt" in record.message and "one.png, two.png; a name is written without its suffix" in record.message
 
 
 def test_a_list_is_read_as_people_write_it(tmp_path: Path) -> None:
@@ -199,6 +200,42 @@ def test_a_name_is_the_key_of_images_that_move_between_folders(tmp_path: Path) -
     moved = [f"new/{number}.png" for number in range(60)]
     after = parts_of(write_set(tmp_path / "other", moved), SplitRule(0.3))
     assert [after[name] for name in moved] == [before[name] for name in names]
+
+
+@pytest.mark.parametrize("key", ["name", "path"])
+def test_files_of_one_name_in_different_parts_are_known_by_path(key: SplitKey, tmp_path: Path) -> None:
+    index = write_set(tmp_path / "set", [f"{folder}/image.jpg" for folder in range(40)])
+    listing = tmp_path / "val.txt"
+    found = []
+    for chosen in ("7", "8", "7"):
+        listing.write_text(f"{chosen}/image")
+        found.append(split_index(index, SplitRule(0.1, val_list=listing, key=key)))
+    assert [split.rows(Part.VAL).tolist() for split in found] != [found[0].rows(Part.VAL).tolist()] * 3
+    assert found[0].split_sha256 == found[2].split_sha256
+    for part in (Part.VAL, Part.TRAIN):
+        assert found[0].part_sha256(part) != found[1].part_sha256(part)
+    listing.write_text("image\nother")
+    with pytest.raises(SplitError, match="no image for training"):
+        split_index(index, SplitRule(0.1, val_list=listing, key=key))
+
+
+def test_a_stratified_split_is_known_by_path(tmp_path: Path) -> None:
+    index = write_set(tmp_path / "set", [f"{folder}/image.jpg" for folder in range(40)])
+    split = split_index(index, SplitRule(0.25, stratified=True))
+    np.testing.assert_array_equal(split.keys, path_ids(index))
+    other = Split(np.roll(split.parts, 1), split.keys, split.key)
+    assert split.key == "path" and other.split_sha256 != split.split_sha256
+
+
+def test_a_list_with_paths_leaves_the_hash_of_the_others_to_their_names(tmp_path: Path) -> None:
+    index = write_set(tmp_path / "set", [f"{number % 3}/{number}.jpg" for number in range(90)])
+    listing = tmp_path / "val.txt"
+    found = []
+    for line in ("4", "1/4"):
+        listing.write_text(line)
+        found.append(split_index(index, SplitRule(0.1, calib_fraction=0.3, val_list=listing)))
+    np.testing.assert_array_equal(found[0].parts, found[1].parts)
+    assert [split.key for split in found] == ["name", "path"]
 
 
 @pytest.mark.parametrize(
