@@ -38,13 +38,21 @@ from tagger.devices import PrecisionMode
 from tagger.errors import InputError
 from tagger.evaluation.comparison import common_tags, compare
 from tagger.evaluation.contender import Contender
-from tagger.evaluation.document import TagList, comparison_document, evaluation_document, page_facts
+from tagger.evaluation.document import TagList, comparison_document, evaluation_document, image_facts, page_facts
 from tagger.evaluation.options import parse_options
-from tagger.evaluation.place import NamedWeights, Place, choose_weights, find_place, fitted_thresholds
+from tagger.evaluation.place import (
+    NamedWeights,
+    Place,
+    choose_weights,
+    find_place,
+    fitted_thresholds,
+    require_vocabulary,
+)
 from tagger.evaluation.predictions import Keep, PredictionFile
 from tagger.evaluation.samples import FirstSamples, Samples
 from tagger.evaluation.subset import hashed_subset
 from tagger.evaluation.tables import comparison_tables, evaluation_tables
+from tagger.evaluation.training_part import training_part_unchanged
 from tagger.evaluation.watch import Collector, Watch
 from tagger.files import write_json
 from tagger.logs import log_to_console
@@ -273,12 +281,6 @@ def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:
     return place.run, config
 
 
-def require_vocabulary(weights: NamedWeights, vocabulary: TagVocabulary) -> None:
-    """Raise InputError where weights are of other tags than their run's."""
-    if weights.vocabulary_sha256 != vocabulary.sha256:
-        raise InputError(f"{weights.name} is of another vocabulary than its run has; they do not belong together")
-
-
 def put_weights(model: SimplifiedTagger, weights: NamedWeights, config: FullConfig, device: torch.device) -> nn.Module:
     """The model on its device with these weights, compiled as in training. Raises InputError where they do not fit."""
     # Position embeddings of another image size are resized as they are loaded.
@@ -316,7 +318,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     chosen = choose_weights(place, options.weights)
     vocabulary, train, validation, model = open_data_and_model(config, run / "vocabulary.json")
     for weights in chosen:
-        require_vocabulary(weights, vocabulary)
+        require_vocabulary(weights, vocabulary.sha256)
     beside, rows = choose_images(options, validation)
     loader = serve(rows, config, beside, beside.options)
     split, part, index, ontology = loader.split, loader.part, loader.dataset.index, loader.dataset.ontology
@@ -329,12 +331,9 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     tags = TagList(vocabulary.tags, vocabulary.categories, train.dataset.table.count(trained_on))
     facts: dict[str, object] = {
         "mode": options.mode,
-        "run": str(run),
-        "part": options.part,
-        "part_sha256": split.part_sha256(part),
-        "num_images_in_part": len(split.rows(part)),
-        "num_images_chosen": len(rows),
+        **image_facts(run, split, part, len(rows)),
         "num_training_images": len(trained_on),
+        "training_part_unchanged": training_part_unchanged(place, split),
         "vocabulary_sha256": vocabulary.sha256,
     }
     device = resolve_device(config.training.device)
@@ -410,7 +409,7 @@ def open_contender(
     place: Place, overrides: Sequence[str], beside: DataLoader, home: FullConfig, device: torch.device
 ) -> tuple[Contender, LoadOptions, PrecisionMode]:
     """A model to compare on the images of `beside`, a loader of the run of `home`, and how it sees them."""
-    weights, config, split = choose_weights(place)[0], home, None
+    weights, config, split, unchanged = choose_weights(place)[0], home, None, None
     if place.run is None:
         assert weights.artifact is not None
         model = create_model(VisionTransformerConfig.from_dict(weights.artifact.model_config))
@@ -421,8 +420,9 @@ def open_contender(
         if config.data.split_key != home.data.split_key:
             raise InputError(f"{run} goes by another data.split_key: which images both hold out cannot be told")
         vocabulary = TagVocabulary.load(run / "vocabulary.json")
-        require_vocabulary(weights, vocabulary)
+        require_vocabulary(weights, vocabulary.sha256)
         split = split_dataset(config.data, open_dataset(config.data))
+        unchanged = training_part_unchanged(place, split)
         load = LoadOptions.from_config(config.data, config.model.resolved_patch_size, on_cuda=device.type == "cuda")
         mean, std = load.preprocess.mean, load.preprocess.std
         model = create_model(config.model, len(vocabulary), config.data.image_size, mean=mean, std=std)
@@ -430,7 +430,7 @@ def open_contender(
     own = None if weights.artifact is None or beside.part == Part.CALIB else weights.artifact.thresholds
     logits = np.full(len(tags), logit_of(threshold)) if own is None else own.logits
     ready = put_weights(model, weights, config, device)
-    side = Contender(weights.name, tags, ready, logits, own is not None, split)
+    side = Contender(weights.name, tags, ready, logits, own is not None, split, unchanged)
     return side, load, config.training.mixed_precision
 
 
@@ -470,11 +470,7 @@ def compare_places(options: Namespace) -> tuple[Path, list[RenderableType]]:
             counts += [e.computer for e in evaluate_all(group, batches, MixedPrecisionTrainer(mode, device), device)]
     found = compare(counts[0], counts[1])
     facts = {
-        "run": str(run),
-        "part": options.part,
-        "part_sha256": split.part_sha256(part),
-        "num_images_in_part": len(split.rows(part)),
-        "num_images_chosen": len(rows),
+        **image_facts(run, split, part, len(rows)),
         "sides": [side.facts(common, image_ids) for side in sides],
     }
     write_json(output, comparison_document(facts, found, common))

@@ -25,6 +25,8 @@ from tagger.artifact import attach_thresholds
 from tagger.artifact.store import THRESHOLDS_FILE
 from tagger.command import command
 from tagger.errors import InputError
+from tagger.evaluation.place import Place
+from tagger.evaluation.training_part import training_part_unchanged
 from tagger.files import write_atomic
 from tagger.logs import log_to_console
 from tagger.metrics.thresholds import TagThresholds
@@ -57,6 +59,8 @@ def fit(run: Path, overrides: Sequence[str], output: Path | None) -> TagThreshol
         raise InputError(f"{run}: {error}; wait until its training has ended") from error
     try:
         _, _, beside, model = open_data_and_model(config, run / "vocabulary.json")
+        assert beside.split is not None
+        training_part_unchanged(Place(run, run), beside.split)  # says so where it is not
         model.to(resolve_device(config.training.device))
         thresholds = fit_model_thresholds(config, model_dir(run), model, beside)
         if output is not None:

@@ -98,6 +98,12 @@ def choose_weights(place: Place, wanted: Wanted | None = None) -> list[NamedWeig
     return found
 
 
+def require_vocabulary(weights: NamedWeights, sha256: str) -> None:
+    """Raise InputError where weights are of other tags than their run's vocabulary, of that hash."""
+    if weights.vocabulary_sha256 != sha256:
+        raise InputError(f"{weights.name} is of another vocabulary than its run has; they do not belong together")
+
+
 def fitted_thresholds(weights: NamedWeights, split: Split, part: Part) -> TagThresholds | None:
     """A model's own thresholds for images of a part, unless their fit has or may have seen these."""
     thresholds = None if weights.artifact is None else weights.artifact.thresholds

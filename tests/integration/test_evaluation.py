@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 import validation_loop
-from scripts import report_run
+from scripts import fit_thresholds, report_run
 from tests.integration.test_ontology_runs import TEXT
 from tests.integration.test_train_direct import lines_of, results_of, run
 
@@ -224,6 +224,29 @@ def test_a_model_compared_with_itself_is_no_better(finished: Path, tmp_path: Pat
     score = found["scores"]["mAP"]
     assert score["a"] == score["b"] == whole["val/mAP"] and score["standard_error"] == 0
     assert found["num_won"] == found["num_lost"] == 0
+
+
+def test_a_split_that_was_edited_after_training_is_warned_of(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert evaluated(tmp_path / "a.json", "--run", finished)["training_part_unchanged"] is True
+    assert "not those of" not in caplog.text
+    edited = shutil.copytree(finished, tmp_path / "edited")
+    recipe = edited / "config.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    assert "val_fraction: 0.3" in text
+    recipe.write_text(text.replace("val_fraction: 0.3", "val_fraction: 0.4"), encoding="utf-8")
+    for source in (("--run", edited), ("--checkpoint", newest(edited))):
+        caplog.clear()
+        assert evaluated(tmp_path / "b.json", *source)["training_part_unchanged"] is False
+        assert "some that it was trained on may count as held out now" in caplog.text
+    caplog.clear()
+    assert fit_thresholds.main(["--run", str(edited), "--output", str(tmp_path / "thresholds.json")]) == 0
+    assert "not those of" in caplog.text
+    found = evaluated(tmp_path / "c.json", "--compare", finished, edited)
+    assert [side["training_part_unchanged"] for side in found["sides"]] == [True, False]
+    shutil.rmtree(edited / "checkpoints")
+    assert evaluated(tmp_path / "d.json", "--run", edited)["training_part_unchanged"] is None
 
 
 @pytest.mark.parametrize(
