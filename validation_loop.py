@@ -39,6 +39,7 @@ from tagger.errors import InputError
 from tagger.evaluation.comparison import common_tags, compare
 from tagger.evaluation.contender import Contender
 from tagger.evaluation.document import TagList, comparison_document, evaluation_document, image_facts, page_facts
+from tagger.evaluation.names import default_comparison, default_file
 from tagger.evaluation.options import parse_options
 from tagger.evaluation.place import (
     NamedWeights,
@@ -60,7 +61,6 @@ from tagger.metrics.keys import logit_of
 from tagger.metrics.thresholds import TagThresholds, ThresholdGoal, fit_thresholds
 from tagger.module_state import check_tensors, load_tensors, named_tensors
 from tagger.ontology import relate
-from tagger.options import output_file
 from tagger.output import reader_may_leave
 from tagger.report.collect import ReportCollector
 from tagger.suspects import Suspects, write_suspects
@@ -69,8 +69,6 @@ from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_
 
 logger = logging.getLogger(__name__)
 
-SUSPECTS_FILE = "suspects.jsonl"
-REPORT_FILE = "report.html"
 Criterion = TagLoss | MultiTaskLoss
 
 
@@ -313,8 +311,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     """Score the weights of a run or checkpoint as the options ask: the JSON file that was written, and what to show."""
     place = find_place(options.run or options.checkpoint)
     run, config = open_run(place, options.overrides)
-    names = [name for name, default in ((options.part, "val"), (options.mode, "full")) if name != default]
-    output: Path = options.output or output_file(str(run / f"{'-'.join(['evaluation', *names])}.json"))
+    output: Path = options.output or default_file(run, "evaluation.json", place, options)
     chosen = choose_weights(place, options.weights)
     vocabulary, train, validation, model = open_data_and_model(config, run / "vocabulary.json")
     for weights in chosen:
@@ -351,7 +348,9 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
             keep, about = Keep(options.min_score, options.top), {**facts, "weights": chosen[0].name}
             predictions = PredictionFile(options.save_predictions, index, vocabulary.tags, keep, about, exclusive)
             stack.enter_context(predictions)
-        page: Path | None = output_file(str(run / REPORT_FILE)) if options.report is True else options.report
+        page: Path | None = (
+            default_file(run, "report.html", place, options) if options.report is True else options.report
+        )
         drawn = None
         if page is not None or options.create_plots is not None:
             drawn = ReportCollector(
@@ -384,8 +383,9 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     shown = list(evaluation_tables(facts, results, tags, index))
     if suspects is not None:
         about = {"weights": chosen[0].name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
-        write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, about)
-        shown.append(f"the most doubtful labels: {run / SUSPECTS_FILE}")
+        doubtful = default_file(run, "suspects.jsonl", place, options)
+        write_suspects(doubtful, suspects.strongest(), index, vocabulary.tags, about)
+        shown.append(f"the most doubtful labels: {doubtful}")
     if drawn is not None:
         drawn.write(
             evaluations[0].computer,
@@ -442,7 +442,7 @@ def compare_places(options: Namespace) -> tuple[Path, list[RenderableType]]:
     if home is None:
         raise InputError("--compare of two models without their runs: add --run DIR, whose images both are to score")
     run, config = open_run(home, options.overrides)
-    output: Path = options.output or output_file(str(run / "comparison.json"))
+    output: Path = options.output or default_comparison(run, places, options)
     vocabulary, _, validation, _ = open_data_and_model(config, run / "vocabulary.json")
     beside, rows = choose_images(options, validation)
     split, part, device = beside.split, beside.part, resolve_device(config.training.device)

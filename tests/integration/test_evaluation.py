@@ -119,6 +119,27 @@ def test_the_report_of_a_run_reads_the_file(finished: Path, capsys: pytest.Captu
     assert "left/right tags" in capsys.readouterr().out
 
 
+KINDS = (("evaluation", "json"), ("suspects", "jsonl"))
+
+
+def test_no_evaluation_overwrites_anothers_files(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "one")
+    last = newest(folder)
+    for path in folder.glob("evaluation*"):
+        path.unlink()
+    kept = set(folder.iterdir())
+    sources = (("--run", folder), ("--run", folder, "--weights", "online"), ("--checkpoint", last))
+    ends = ("", "-online", f"-{last.name}", "-test")
+    for source in sources:
+        assert evaluate(*source, "--suspects", 3) == 0
+    assert evaluate("--run", folder, "--part", "test", "--suspects", 3) == 0
+    names = {f"{name}{end}.{suffix}" for end in ends for name, suffix in KINDS}
+    assert {path.name for path in set(folder.iterdir()) - kept} == names
+    assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["kind"] == "model"
+    assert evaluate("--compare", folder, last, "--part", "test") == 0
+    assert (folder / f"comparison-{last.name}-test.json").is_file()
+
+
 def test_parts_do_not_overlap_and_the_test_part_says_so(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +234,7 @@ def test_a_comparison_leaves_out_what_one_side_was_trained_on(
     score = found["scores"]["mAP"]
     assert score["difference"] == pytest.approx(score["b"] - score["a"]) and score["over"] <= found["num_tags"]
     assert evaluate("--compare", finished, other) == 0
-    assert (finished / "comparison.json").is_file()
+    assert (finished / "comparison-other.json").is_file()
 
 
 def test_a_model_compared_with_itself_is_no_better(finished: Path, tmp_path: Path) -> None:
