@@ -384,7 +384,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     if suspects is not None:
         about = {"weights": chosen[0].name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
         doubtful = default_file(run, "suspects.jsonl", place, options)
-        write_suspects(doubtful, suspects.strongest(), index, vocabulary.tags, about)
+        write_suspects(doubtful, suspects.strongest(), index, vocabulary.tags, about, ontology)
         shown.append(f"the most doubtful labels: {doubtful}")
     if drawn is not None:
         drawn.write(

@@ -18,6 +18,8 @@ from tagger.data.corrections import lay_over
 from tagger.data.index import MetadataIndex, open_index
 from tagger.errors import InputError
 from tagger.mending import MendingPlan, carry_out, describe, plan_mending, read_accepted, undo
+from tagger.ontology import ONTOLOGY_FILE
+from tagger.ontology_file import read_ontology
 from tagger.options import Parser, input_file, number
 from tagger.output import reader_may_leave
 from vocabulary import TagVocabulary
@@ -69,6 +71,7 @@ def apply(options: argparse.Namespace, config: FullConfig, run: Path, journal: P
             log,
             accepted,
             vocabulary=TagVocabulary.load(run / "vocabulary.json").tags if (run / "vocabulary.json").exists() else (),
+            ontology=read_ontology(run / ONTOLOGY_FILE) if (run / ONTOLOGY_FILE).exists() else None,
             new_tags=options.new_tags,
             even_if_changed=options.even_if_changed,
             write_sidecars=options.write_sidecars,

@@ -13,6 +13,7 @@ from dataset_loader import create_dataloaders, open_dataset
 from scripts import apply_corrections, index
 from tagger import mending
 from tagger.data.correction_log import CorrectionLog, locked_log
+from tagger.ontology import ONTOLOGY_FILE, Ontology
 from tests.tiny_dataset import assert_same, configure, epoch_of, loaders
 from vocabulary import TagVocabulary, build_vocabulary
 
@@ -128,6 +129,19 @@ def test_bad_lines_are_named_and_nothing_is_written(
     code, _, err = call([line, good], "--accept-all", *words)
     assert code == 2 and message in err and not journal.exists()
     assert "Traceback" not in err
+
+
+def test_a_tag_that_another_gives_is_corrected_with_that(call: Call, run: Path, root: Path, journal: Path) -> None:
+    ontology = Ontology(aliases={"ring": "circle"}, implications={"arrow left": ("arrow",), "square": ("circle",)})
+    ontology.save(run / ONTOLOGY_FILE)
+    image = "even/img000.jpg"  # tagged arrow, arrow left
+    alone = (image, "arrow", "wrong")
+    code, _, err = call([alone], "--accept-all")
+    assert code == 2 and "line 1: even/img000.jpg: 'arrow' is implied by 'arrow left': correct that" in err
+    assert not journal.exists()
+    code, out, _ = call([alone, (image, "arrow left", "wrong")], "--accept-all")
+    assert code == 0 and "2 corrections of 1 images" in out
+    assert tags_of(root, journal, image)[0] == {"category:shape"}
 
 
 def test_bad_lines_can_be_left_out_and_new_tags_asked_for(call: Call, root: Path, journal: Path) -> None:
