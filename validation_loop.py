@@ -48,6 +48,7 @@ from tagger.evaluation.place import (
     find_place,
     fitted_thresholds,
     require_vocabulary,
+    sees_alike,
 )
 from tagger.evaluation.predictions import Keep, PredictionFile
 from tagger.evaluation.samples import FirstSamples, Samples
@@ -311,7 +312,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     """Score the weights of a run or checkpoint as the options ask: the JSON file that was written, and what to show."""
     place = find_place(options.run or options.checkpoint)
     run, config = open_run(place, options.overrides)
-    output: Path = options.output or default_file(run, "evaluation.json", place, options)
+    output: Path = options.output or default_file("evaluation.json", place, options)
     chosen = choose_weights(place, options.weights)
     vocabulary, train, validation, model = open_data_and_model(config, run / "vocabulary.json")
     for weights in chosen:
@@ -328,7 +329,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     tags = TagList(vocabulary.tags, vocabulary.categories, train.dataset.table.count(trained_on))
     facts: dict[str, object] = {
         "mode": options.mode,
-        **image_facts(run, split, part, len(rows)),
+        **image_facts(run, options.overrides, split, part, len(rows)),
         "num_training_images": len(trained_on),
         "training_part_unchanged": training_part_unchanged(place, split),
         "vocabulary_sha256": vocabulary.sha256,
@@ -348,9 +349,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
             keep, about = Keep(options.min_score, options.top), {**facts, "weights": chosen[0].name}
             predictions = PredictionFile(options.save_predictions, index, vocabulary.tags, keep, about, exclusive)
             stack.enter_context(predictions)
-        page: Path | None = (
-            default_file(run, "report.html", place, options) if options.report is True else options.report
-        )
+        page: Path | None = default_file("report.html", place, options) if options.report is True else options.report
         drawn = None
         if page is not None or options.create_plots is not None:
             drawn = ReportCollector(
@@ -365,7 +364,9 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
             )
         others = (suspects, predictions, drawn)
         watches = [
-            Watch.create(num_tags, threshold, fitted_thresholds(each, split, part), named, relations, others)
+            Watch.create(
+                num_tags, threshold, fitted_thresholds(each, split, part, loader.preprocess), named, relations, others
+            )
             for each in chosen
         ]
         subjects = [
@@ -382,8 +383,9 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     write_json(output, evaluation_document(facts, results, tags, index))
     shown = list(evaluation_tables(facts, results, tags, index))
     if suspects is not None:
-        about = {"weights": chosen[0].name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
-        doubtful = default_file(run, "suspects.jsonl", place, options)
+        about = {"run": str(run), "roots": [str(root) for root in index.roots], "weights": chosen[0].name}
+        about |= {"vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
+        doubtful = default_file("suspects.jsonl", place, options)
         write_suspects(doubtful, suspects.strongest(), index, vocabulary.tags, about, ontology)
         shown.append(f"the most doubtful labels: {doubtful}")
     if drawn is not None:
@@ -428,6 +430,7 @@ def open_contender(
         model = create_model(config.model, len(vocabulary), config.data.image_size, mean=mean, std=std)
         tags, threshold = vocabulary.tags, config.validation.threshold
     own = None if weights.artifact is None or beside.part == Part.CALIB else weights.artifact.thresholds
+    own = own if sees_alike(weights, load.preprocess) else None
     logits = np.full(len(tags), logit_of(threshold)) if own is None else own.logits
     ready = put_weights(model, weights, config, device)
     side = Contender(weights.name, tags, ready, logits, own is not None, split, unchanged)
@@ -470,7 +473,7 @@ def compare_places(options: Namespace) -> tuple[Path, list[RenderableType]]:
             counts += [e.computer for e in evaluate_all(group, batches, MixedPrecisionTrainer(mode, device), device)]
     found = compare(counts[0], counts[1])
     facts = {
-        **image_facts(run, split, part, len(rows)),
+        **image_facts(run, options.overrides, split, part, len(rows)),
         "sides": [side.facts(common, image_ids) for side in sides],
     }
     write_json(output, comparison_document(facts, found, common))

@@ -68,10 +68,11 @@ def evaluation_document(
     }
 
 
-def image_facts(run: Path, split: Split, part: Part, num_chosen: int) -> dict[str, object]:
-    """Which images of which run are scored: `num_chosen` of a part."""
+def image_facts(run: Path, overrides: Sequence[str], split: Split, part: Part, num_chosen: int) -> dict[str, object]:
+    """Which images of which run are scored: `num_chosen` of a part. overrides: changed settings, as they were given."""
     return {
         "run": str(run),
+        "overrides": list(overrides),
         "part": part.name.lower(),
         "part_sha256": split.part_sha256(part),
         "num_images_in_part": len(split.rows(part)),

@@ -7,13 +7,14 @@ from tagger.evaluation.place import Place
 from tagger.options import output_file
 
 
-def default_file(run: Path, name: str, place: Place, options: Namespace) -> Path:
-    """`name` ("evaluation.json") in the run's folder, with what differs from a whole score of its model: -online-test.
+def default_file(name: str, place: Place, options: Namespace) -> Path:
+    """`name` ("evaluation.json") in the folder of the place's run, with what differs from its model's score: -test.
 
     Raises OptionError where it cannot be written.
     """
-    checkpoint = [] if place.checkpoint is None else [place.checkpoint.resolve().name]
-    return _file(run, name, [*checkpoint, *([options.weights] if options.weights else []), *_part_and_mode(options)])
+    assert place.run is not None
+    checkpoint = "" if place.checkpoint is None else place.checkpoint.resolve().name
+    return _file(place.run, name, [checkpoint, options.weights or "", *_part_and_mode(options)])
 
 
 def default_comparison(run: Path, places: list[Place], options: Namespace) -> Path:

@@ -119,6 +119,19 @@ def test_the_report_of_a_run_reads_the_file(finished: Path, capsys: pytest.Captu
     assert "left/right tags" in capsys.readouterr().out
 
 
+def test_overrides_are_recorded_and_other_pixels_have_no_fitted_thresholds(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = evaluated(tmp_path / "plain.json", "--run", finished, "validation.batch_size=7")
+    assert plain["overrides"] == ["validation.batch_size=7"] and plain["fitted_thresholds"] is not None
+    assert "prepared otherwise" not in caplog.text
+    found = evaluated(tmp_path / "found.json", "--run", finished, "data.image_size=48")
+    assert found["overrides"] == ["data.image_size=48"] and found["fitted_thresholds"] is None
+    assert "prepared otherwise (image_size 32 there, 48 here)" in caplog.text
+    sides = evaluated(tmp_path / "c.json", "--compare", finished, finished, "data.image_size=48")["sides"]
+    assert {side["thresholds"] for side in sides} == {"one for all tags"}
+
+
 KINDS = (("evaluation", "json"), ("suspects", "jsonl"))
 
 
