@@ -101,6 +101,22 @@ def read_accepted(path: Path, *, everything: bool = False, above: float | None =
     return accepted
 
 
+def require_roots(path: Path, roots: Sequence[Path]) -> None:
+    """Raise InputError where the header of a file of suspects says that they are of other folders than these."""
+    with path.open("rb") as stream:
+        first = stream.readline()
+    try:
+        there = json.loads(first.decode("utf-8-sig")).get("roots")
+    except (ValueError, AttributeError):
+        return  # what is no header is read as a line
+    here = [str(root) for root in roots]
+    if there is not None and there != here:
+        raise InputError(
+            f"the suspects in {path} are of {', '.join(map(str, there))}, the run's data.roots are {', '.join(here)}; "
+            "where these are the same images, say where they are now with --roots"
+        )
+
+
 def plan_mending(
     index: MetadataIndex,
     log: CorrectionLog,

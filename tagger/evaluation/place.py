@@ -17,7 +17,7 @@ from tagger.data.split import Part, Split
 from tagger.errors import InputError
 from tagger.metrics.thresholds import LeakError, TagThresholds
 from tagger.preprocess import Preprocess
-from tagger.run_folder import model_dir
+from tagger.run_folder import model_dir, require_model
 
 RUN_CONFIG = "config.yaml"
 Wanted = Literal["ema", "online", "both"]
@@ -74,7 +74,7 @@ def choose_weights(place: Place, wanted: Wanted | None = None) -> list[NamedWeig
     """
     model, checkpoint = place.model, place.checkpoint
     if wanted is None and place.run is not None and checkpoint is None:
-        model = model_dir(place.run)
+        model = require_model(place.run)
     if model is not None:
         if wanted is not None:
             raise InputError(f"--weights {wanted}: {place.path} is a model folder, which has one kind; name its run")

@@ -1,6 +1,7 @@
 """From suspects to corrected training data and back: the command, its bad inputs, and what a run makes of a journal."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +143,22 @@ def test_a_tag_that_another_gives_is_corrected_with_that(call: Call, run: Path, 
     code, out, _ = call([alone, (image, "arrow left", "wrong")], "--accept-all")
     assert code == 0 and "2 corrections of 1 images" in out
     assert tags_of(root, journal, image)[0] == {"category:shape"}
+
+
+def test_suspects_of_another_folder_are_refused_unless_it_is_named(
+    call: Call, root: Path, journal: Path, tmp_path: Path
+) -> None:
+    files = bytes_of(root)
+    moved = shutil.copytree(root, tmp_path / "moved")
+    line: dict[str, object] = {"image": CIRCLE, "tag": "square", "kind": "missing", "root": str(moved)}
+    lines: list[tuple[str, str, str] | dict[str, object]] = [{"format_version": 1, "roots": [str(moved)]}, line]
+    code, _, err = call(lines, "--accept-all", "--write-sidecars")
+    assert code == 2 and f"are of {moved}, the run's" in err and "--roots" in err
+    assert not journal.exists() and bytes_of(root) == files
+    assert call(lines, "--accept-all", "--write-sidecars", "--roots", str(moved))[0] == 0
+    assert bytes_of(root) == files and "square" in (moved / CIRCLE).with_suffix(".json").read_text(encoding="utf-8")
+    code, _, err = call([{"format_version": 1, "roots": [str(root)]}, (CIRCLE, "text", "missing")], "--accept-all")
+    assert (code, err) == (0, "")
 
 
 def test_bad_lines_can_be_left_out_and_new_tags_asked_for(call: Call, root: Path, journal: Path) -> None:

@@ -283,6 +283,15 @@ def test_a_split_that_was_edited_after_training_is_warned_of(
     assert evaluated(tmp_path / "d.json", "--run", edited)["training_part_unchanged"] is None
 
 
+def test_a_run_without_a_model_says_how_it_stands(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "one")
+    shutil.rmtree(folder / "model")
+    assert evaluate("--run", folder) == 2
+    assert "has no model yet (completed, step" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
