@@ -19,9 +19,8 @@ from tagger.errors import DivergedError
 from tagger.metrics.curves import Counts, TagCurve, tag_curve
 from tagger.metrics.host import HostMemory, LateCopies
 from tagger.metrics.keys import KEY_OFFSET, NUM_KEYS, logit_of, lowest_keys, refuse_nan, to_keys_unchecked
-from tagger.metrics.ranking import rank_positives
+from tagger.metrics.ranking import image_f1, rank_positives
 from tagger.metrics.store import Form, ScoreStore, codes
-from tagger.metrics.summary import image_f1
 from tagger.tag_lists import tag_coordinates
 
 # Rows of a batch that are worked on together on a CPU: their logits and keys fit the second-level cache.

@@ -38,13 +38,23 @@ from tagger.devices import PrecisionMode
 from tagger.errors import InputError
 from tagger.evaluation.comparison import common_tags, compare
 from tagger.evaluation.contender import Contender
-from tagger.evaluation.document import TagList, comparison_document, evaluation_document, page_facts
+from tagger.evaluation.document import TagList, comparison_document, evaluation_document, image_facts, page_facts
+from tagger.evaluation.names import default_comparison, default_file
 from tagger.evaluation.options import parse_options
-from tagger.evaluation.place import NamedWeights, Place, choose_weights, find_place, fitted_thresholds
+from tagger.evaluation.place import (
+    NamedWeights,
+    Place,
+    choose_weights,
+    find_place,
+    fitted_thresholds,
+    require_vocabulary,
+    sees_alike,
+)
 from tagger.evaluation.predictions import Keep, PredictionFile
 from tagger.evaluation.samples import FirstSamples, Samples
 from tagger.evaluation.subset import hashed_subset
 from tagger.evaluation.tables import comparison_tables, evaluation_tables
+from tagger.evaluation.training_part import training_part_unchanged
 from tagger.evaluation.watch import Collector, Watch
 from tagger.files import write_json
 from tagger.logs import log_to_console
@@ -52,7 +62,6 @@ from tagger.metrics.keys import logit_of
 from tagger.metrics.thresholds import TagThresholds, ThresholdGoal, fit_thresholds
 from tagger.module_state import check_tensors, load_tensors, named_tensors
 from tagger.ontology import relate
-from tagger.options import output_file
 from tagger.output import reader_may_leave
 from tagger.report.collect import ReportCollector
 from tagger.suspects import Suspects, write_suspects
@@ -61,8 +70,6 @@ from vocabulary import TagVocabulary, configured_vocabulary, open_ontology, tag_
 
 logger = logging.getLogger(__name__)
 
-SUSPECTS_FILE = "suspects.jsonl"
-REPORT_FILE = "report.html"
 Criterion = TagLoss | MultiTaskLoss
 
 
@@ -273,12 +280,6 @@ def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:
     return place.run, config
 
 
-def require_vocabulary(weights: NamedWeights, vocabulary: TagVocabulary) -> None:
-    """Raise InputError where weights are of other tags than their run's."""
-    if weights.vocabulary_sha256 != vocabulary.sha256:
-        raise InputError(f"{weights.name} is of another vocabulary than its run has; they do not belong together")
-
-
 def put_weights(model: SimplifiedTagger, weights: NamedWeights, config: FullConfig, device: torch.device) -> nn.Module:
     """The model on its device with these weights, compiled as in training. Raises InputError where they do not fit."""
     # Position embeddings of another image size are resized as they are loaded.
@@ -311,12 +312,11 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     """Score the weights of a run or checkpoint as the options ask: the JSON file that was written, and what to show."""
     place = find_place(options.run or options.checkpoint)
     run, config = open_run(place, options.overrides)
-    names = [name for name, default in ((options.part, "val"), (options.mode, "full")) if name != default]
-    output: Path = options.output or output_file(str(run / f"{'-'.join(['evaluation', *names])}.json"))
+    output: Path = options.output or default_file("evaluation.json", place, options)
     chosen = choose_weights(place, options.weights)
     vocabulary, train, validation, model = open_data_and_model(config, run / "vocabulary.json")
     for weights in chosen:
-        require_vocabulary(weights, vocabulary)
+        require_vocabulary(weights, vocabulary.sha256)
     beside, rows = choose_images(options, validation)
     loader = serve(rows, config, beside, beside.options)
     split, part, index, ontology = loader.split, loader.part, loader.dataset.index, loader.dataset.ontology
@@ -329,12 +329,9 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     tags = TagList(vocabulary.tags, vocabulary.categories, train.dataset.table.count(trained_on))
     facts: dict[str, object] = {
         "mode": options.mode,
-        "run": str(run),
-        "part": options.part,
-        "part_sha256": split.part_sha256(part),
-        "num_images_in_part": len(split.rows(part)),
-        "num_images_chosen": len(rows),
+        **image_facts(run, options.overrides, split, part, len(rows)),
         "num_training_images": len(trained_on),
+        "training_part_unchanged": training_part_unchanged(place, split),
         "vocabulary_sha256": vocabulary.sha256,
     }
     device = resolve_device(config.training.device)
@@ -352,7 +349,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
             keep, about = Keep(options.min_score, options.top), {**facts, "weights": chosen[0].name}
             predictions = PredictionFile(options.save_predictions, index, vocabulary.tags, keep, about, exclusive)
             stack.enter_context(predictions)
-        page: Path | None = output_file(str(run / REPORT_FILE)) if options.report is True else options.report
+        page: Path | None = default_file("report.html", place, options) if options.report is True else options.report
         drawn = None
         if page is not None or options.create_plots is not None:
             drawn = ReportCollector(
@@ -367,7 +364,9 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
             )
         others = (suspects, predictions, drawn)
         watches = [
-            Watch.create(num_tags, threshold, fitted_thresholds(each, split, part), named, relations, others)
+            Watch.create(
+                num_tags, threshold, fitted_thresholds(each, split, part, loader.preprocess), named, relations, others
+            )
             for each in chosen
         ]
         subjects = [
@@ -384,9 +383,11 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     write_json(output, evaluation_document(facts, results, tags, index))
     shown = list(evaluation_tables(facts, results, tags, index))
     if suspects is not None:
-        about = {"weights": chosen[0].name, "vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
-        write_suspects(run / SUSPECTS_FILE, suspects.strongest(), index, vocabulary.tags, about)
-        shown.append(f"the most doubtful labels: {run / SUSPECTS_FILE}")
+        about = {"run": str(run), "roots": [str(root) for root in index.roots], "weights": chosen[0].name}
+        about |= {"vocabulary_sha256": vocabulary.sha256, "num_images": suspects.num_images}
+        doubtful = default_file("suspects.jsonl", place, options)
+        write_suspects(doubtful, suspects.strongest(), index, vocabulary.tags, about, ontology)
+        shown.append(f"the most doubtful labels: {doubtful}")
     if drawn is not None:
         drawn.write(
             evaluations[0].computer,
@@ -410,7 +411,7 @@ def open_contender(
     place: Place, overrides: Sequence[str], beside: DataLoader, home: FullConfig, device: torch.device
 ) -> tuple[Contender, LoadOptions, PrecisionMode]:
     """A model to compare on the images of `beside`, a loader of the run of `home`, and how it sees them."""
-    weights, config, split = choose_weights(place)[0], home, None
+    weights, config, split, unchanged = choose_weights(place)[0], home, None, None
     if place.run is None:
         assert weights.artifact is not None
         model = create_model(VisionTransformerConfig.from_dict(weights.artifact.model_config))
@@ -419,18 +420,20 @@ def open_contender(
     else:
         run, config = open_run(place, overrides)
         vocabulary = TagVocabulary.load(run / "vocabulary.json")
-        require_vocabulary(weights, vocabulary)
+        require_vocabulary(weights, vocabulary.sha256)
         split = split_dataset(config.data, open_dataset(config.data))
         if beside.split is None or split.key != beside.split.key:
             raise InputError(f"{run} is split by {split.key}, the other run is not: what both hold out cannot be told")
+        unchanged = training_part_unchanged(place, split)
         load = LoadOptions.from_config(config.data, config.model.resolved_patch_size, on_cuda=device.type == "cuda")
         mean, std = load.preprocess.mean, load.preprocess.std
         model = create_model(config.model, len(vocabulary), config.data.image_size, mean=mean, std=std)
         tags, threshold = vocabulary.tags, config.validation.threshold
     own = None if weights.artifact is None or beside.part == Part.CALIB else weights.artifact.thresholds
+    own = own if sees_alike(weights, load.preprocess) else None
     logits = np.full(len(tags), logit_of(threshold)) if own is None else own.logits
     ready = put_weights(model, weights, config, device)
-    side = Contender(weights.name, tags, ready, logits, own is not None, split)
+    side = Contender(weights.name, tags, ready, logits, own is not None, split, unchanged)
     return side, load, config.training.mixed_precision
 
 
@@ -442,7 +445,7 @@ def compare_places(options: Namespace) -> tuple[Path, list[RenderableType]]:
     if home is None:
         raise InputError("--compare of two models without their runs: add --run DIR, whose images both are to score")
     run, config = open_run(home, options.overrides)
-    output: Path = options.output or output_file(str(run / "comparison.json"))
+    output: Path = options.output or default_comparison(run, places, options)
     vocabulary, _, validation, _ = open_data_and_model(config, run / "vocabulary.json")
     beside, rows = choose_images(options, validation)
     split, part, device = beside.split, beside.part, resolve_device(config.training.device)
@@ -470,11 +473,7 @@ def compare_places(options: Namespace) -> tuple[Path, list[RenderableType]]:
             counts += [e.computer for e in evaluate_all(group, batches, MixedPrecisionTrainer(mode, device), device)]
     found = compare(counts[0], counts[1])
     facts = {
-        "run": str(run),
-        "part": options.part,
-        "part_sha256": split.part_sha256(part),
-        "num_images_in_part": len(split.rows(part)),
-        "num_images_chosen": len(rows),
+        **image_facts(run, options.overrides, split, part, len(rows)),
         "sides": [side.facts(common, image_ids) for side in sides],
     }
     write_json(output, comparison_document(facts, found, common))

@@ -5,6 +5,7 @@ accepted line can be carried out, or `--skip-bad` leaves out the others.
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from tagger.data.correction_log import CorrectionLog, locked_log
 from tagger.data.corrections import lay_over
 from tagger.data.index import MetadataIndex, open_index
 from tagger.errors import InputError
-from tagger.mending import MendingPlan, carry_out, describe, plan_mending, read_accepted, undo
+from tagger.mending import MendingPlan, carry_out, describe, plan_mending, read_accepted, require_roots, undo
+from tagger.ontology import ONTOLOGY_FILE
+from tagger.ontology_file import read_ontology
 from tagger.options import Parser, input_file, number
 from tagger.output import reader_may_leave
 from vocabulary import TagVocabulary
@@ -63,12 +66,15 @@ def apply(options: argparse.Namespace, config: FullConfig, run: Path, journal: P
         raise InputError("--write-sidecars: the tags of this data set are in data.annotations; leave it out")
     with locked_log(journal) as log:
         index = _open(config)
+        if options.roots is None:
+            require_roots(options.suspects, index.roots)
         index.correct(lay_over(log, index))
         plan = plan_mending(
             index,
             log,
             accepted,
             vocabulary=TagVocabulary.load(run / "vocabulary.json").tags if (run / "vocabulary.json").exists() else (),
+            ontology=read_ontology(run / ONTOLOGY_FILE) if (run / ONTOLOGY_FILE).exists() else None,
             new_tags=options.new_tags,
             even_if_changed=options.even_if_changed,
             write_sidecars=options.write_sidecars,
@@ -124,7 +130,8 @@ def _act(options: argparse.Namespace) -> None:
     if options.suspects is not None or options.run is not None:
         if not (run / "config.yaml").is_file():
             raise InputError(f"{run} is not a run folder: it has no config.yaml; name the run with --run")
-        config = load_config(run / "config.yaml", environment={})
+        moved = [] if options.roots is None else [f"data.roots={json.dumps(options.roots)}"]
+        config = load_config(run / "config.yaml", moved, environment={})
     journal: Path | None = options.journal
     if journal is None and config is not None and config.data.corrections_file is not None:
         journal = Path(config.data.corrections_file)
@@ -151,6 +158,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("suspects", nargs="?", type=input_file, help='lines with "accept": true are carried out')
     parser.add_argument("--run", type=Path, metavar="DIR", help="run whose data set it is (default: the file's folder)")
+    parser.add_argument("--roots", nargs="+", metavar="DIR", help="where its images are now (default: its data.roots)")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="default: the run's data.corrections_file")
     parser.add_argument("--accept-all", action="store_true", help='every line but those with "accept": false')
     parser.add_argument(

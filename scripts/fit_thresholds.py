@@ -25,12 +25,14 @@ from tagger.artifact import attach_thresholds
 from tagger.artifact.store import THRESHOLDS_FILE
 from tagger.command import command
 from tagger.errors import InputError
+from tagger.evaluation.place import Place
+from tagger.evaluation.training_part import training_part_unchanged
 from tagger.files import write_atomic
 from tagger.logs import log_to_console
 from tagger.metrics.thresholds import TagThresholds
 from tagger.options import Parser, number, output_file
 from tagger.output import reader_may_leave
-from tagger.run_folder import describe_run, lock_path, model_dir
+from tagger.run_folder import lock_path, model_dir, require_model
 from tagger.run_lock import FolderLock, LockedError
 from training_utils import resolve_device
 from validation_loop import fit_model_thresholds, open_data_and_model
@@ -42,8 +44,7 @@ def fit(run: Path, overrides: Sequence[str], output: Path | None) -> TagThreshol
     """Fit and store them. Raises InputError for what the user can mend."""
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run} is not a run folder: it has no config.yaml; give the folder that training printed")
-    if not model_dir(run).is_dir():
-        raise InputError(f"run {run} has no model yet ({describe_run(run)}); it is written when training ends")
+    require_model(run)
     config = load_config(run / "config.yaml", overrides, environment={})
     check_paths(config)
     if moved := split_changes(run / "config.yaml", config):
@@ -57,6 +58,8 @@ def fit(run: Path, overrides: Sequence[str], output: Path | None) -> TagThreshol
         raise InputError(f"{run}: {error}; wait until its training has ended") from error
     try:
         _, _, beside, model = open_data_and_model(config, run / "vocabulary.json")
+        assert beside.split is not None
+        training_part_unchanged(Place(run, run), beside.split)  # says so where it is not
         model.to(resolve_device(config.training.device))
         thresholds = fit_model_thresholds(config, model_dir(run), model, beside)
         if output is not None:

@@ -22,7 +22,7 @@ from tagger.metrics.thresholds import TagThresholds
 from tagger.options import Parser, input_file, number, output_file, whole
 from tagger.output import reader_may_leave
 from tagger.predict import Prediction, Tagger, Unreadable, find_images
-from tagger.run_folder import describe_run, model_dir
+from tagger.run_folder import require_model
 
 EXAMPLE = "example: python -m scripts.predict runs/demo data/demo --top 5"
 SHEET_IMAGES = 48
@@ -34,9 +34,7 @@ def find_model(place: Path) -> Path:
     if (place / "config.json").is_file():
         return place
     if (place / "config.yaml").is_file():
-        if model_dir(place).is_dir():
-            return model_dir(place)
-        raise InputError(f"run {printable(place)} has no model yet ({describe_run(place)}); it is written when it ends")
+        return require_model(place)
     if not place.is_dir():
         raise InputError(f"{printable(place)} is not a folder; give a run folder, e.g. runs/demo, or its model folder")
     raise InputError(f"{printable(place)} is no run and no model: it has neither config.yaml nor config.json")

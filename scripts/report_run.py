@@ -93,15 +93,19 @@ def summary_table(run: Path, config: FullConfig) -> Table:
 def left_right_score(run: Path, config: FullConfig) -> str | None:
     """Average precision of the tags that swap in a mirror: whether training with mirroring still tells them apart.
 
-    None where mirroring is off, without such tags, or without `evaluation.json`.
+    None where mirroring is off, without such tags, or without an `evaluation.json` of its model on the validation part.
     """
     path = run / "evaluation.json"
     if config.orientation.mirror_probability == 0 or not path.is_file():
         return None
+    content = read_json(path, "evaluation", EVALUATION_FORMAT_VERSION)
+    whole = {"mode": "full", "part": "val", "kind": "model"}
+    if any(content.get(name, value) != value for name, value in whole.items()):
+        return None
     handler = OrientationHandler(config.orientation.map_path, config.orientation.mode)
     scored = [
         (tag["average_precision"], tag["name"])
-        for tag in read_json(path, "evaluation", EVALUATION_FORMAT_VERSION)["tags"]
+        for tag in content["tags"]
         if tag["average_precision"] is not None and handler.mirror_tag(tag["name"]) != tag["name"]
     ]
     if not scored:

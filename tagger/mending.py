@@ -34,6 +34,7 @@ from tagger.data.sidecar import SidecarError, clean_tag
 from tagger.data.sidecar_edit import edit_sidecar
 from tagger.errors import InputError
 from tagger.files import FormatError, NewerFormatError, write_atomic
+from tagger.ontology import Ontology
 from tagger.suspects import FORMAT_VERSION
 
 _ACTIONS: dict[str, Action] = {"missing": "add", "wrong": "remove"}
@@ -100,21 +101,41 @@ def read_accepted(path: Path, *, everything: bool = False, above: float | None =
     return accepted
 
 
+def require_roots(path: Path, roots: Sequence[Path]) -> None:
+    """Raise InputError where the header of a file of suspects says that they are of other folders than these."""
+    with path.open("rb") as stream:
+        first = stream.readline()
+    try:
+        there = json.loads(first.decode("utf-8-sig")).get("roots")
+    except (ValueError, AttributeError):
+        return  # what is no header is read as a line
+    here = [str(root) for root in roots]
+    if there is not None and there != here:
+        raise InputError(
+            f"the suspects in {path} are of {', '.join(map(str, there))}, the run's data.roots are {', '.join(here)}; "
+            "where these are the same images, say where they are now with --roots"
+        )
+
+
 def plan_mending(
     index: MetadataIndex,
     log: CorrectionLog,
     accepted: Sequence[Wanted],
     *,
     vocabulary: Collection[str] = (),
+    ontology: Ontology | None = None,
     new_tags: bool = False,
     even_if_changed: bool = False,
     write_sidecars: bool = False,
 ) -> MendingPlan:
     """Look at every accepted line against the data set, corrected by `log` so far. Writes nothing.
 
-    vocabulary: tags that the model learns (empty: not known). new_tags: allow tags that no image has.
+    vocabulary: tags that the model learns (empty: not known). ontology: of the model; a tag that another one gives is
+    not removed, as that would change nothing. new_tags: allow tags that no image has.
     """
-    planner = _Planner(index, log, vocabulary, new_tags=new_tags, even_if_changed=even_if_changed)
+    planner = _Planner(index, log, vocabulary, ontology, new_tags=new_tags, even_if_changed=even_if_changed)
+    if ontology is not None:  # what implies a tag goes first, so that both can go
+        accepted = sorted(accepted, key=lambda each: (each.action == "remove", -len(ontology.closed(each.tag))))
     for wanted in accepted:
         planner.take(wanted)
     if write_sidecars:
@@ -130,6 +151,7 @@ class _Planner:
         index: MetadataIndex,
         log: CorrectionLog,
         vocabulary: Collection[str],
+        ontology: Ontology | None,
         *,
         new_tags: bool,
         even_if_changed: bool,
@@ -139,6 +161,7 @@ class _Planner:
         self._finder = RowFinder(index)
         self._last_id = log.last_id
         self._vocabulary = frozenset(vocabulary)
+        self._ontology = ontology
         self._new_tags = new_tags
         self._even_if_changed = even_if_changed
         counts = zip(index.tag_names, index.tag_counts().tolist(), strict=True)
@@ -168,6 +191,11 @@ class _Planner:
             record = self._index.record(row)
             self._tags[row] = record.tags, record.rating
         before = self._tags[row]
+        ontology = self._ontology if wanted.action == "remove" else None
+        if ontology is not None and (givers := ontology.givers(wanted.tag, before[0])):
+            listed = ", ".join(f"'{giver}'" for giver in givers)
+            self.plan.refused.append(f"{where}: '{wanted.tag}' is implied by {listed}: correct that")
+            return
         try:
             after = change_tags(*before, wanted.action, wanted.tag)
         except LastTagError as error:

@@ -54,6 +54,10 @@ class Ontology:
         name = self.canonical(tag)
         return (name, *self.ancestors.get(name, ()))
 
+    def givers(self, tag: str, tags: Iterable[str]) -> list[str]:
+        """Those of an image's tags, but for `tag` itself, that give it this tag: those that imply or rename it."""
+        return [each for each in tags if each != tag and self.canonical(tag) in self.closed(each)]
+
     @cached_property
     def ancestors(self) -> Mapping[str, tuple[str, ...]]:
         """All that each tag implies, directly or through others, sorted. Raises OntologyError for a circle."""

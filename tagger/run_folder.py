@@ -19,6 +19,7 @@ from typing import get_args
 
 from tagger.checkpoint.format import list_checkpoints
 from tagger.checkpoint.store import named_checkpoint
+from tagger.data.scan import printable
 from tagger.endings import KILLED_REASON, Status
 from tagger.errors import PATH_ERRORS, InputError, LostFolderError
 from tagger.files import FormatError, read_json, write_atomic, write_json
@@ -281,6 +282,13 @@ def describe_run(run: Path) -> str:
         results = read_results(run)
         return f"{results.status}, step {results.steps}"
     return "no results yet"
+
+
+def require_model(run: Path) -> Path:
+    """The model folder of the run in folder `run`. Raises InputError, saying how it stands, where there is none yet."""
+    if not model_dir(run).is_dir():
+        raise InputError(f"run {printable(run)} has no model yet ({describe_run(run)}); it is written when it ends")
+    return model_dir(run)
 
 
 def require_checkpoints(run: Path) -> None:

@@ -33,6 +33,7 @@ from tagger.data.correction_log import state_of
 from tagger.data.index import MetadataIndex
 from tagger.errors import DivergedError
 from tagger.files import json_line, write_atomic
+from tagger.ontology import Ontology
 from tagger.tag_lists import tag_coordinates
 
 FORMAT_VERSION = 1
@@ -173,22 +174,30 @@ class _Candidates:
 
 
 def write_suspects(
-    path: Path, suspects: Sequence[Suspect], index: MetadataIndex, tags: Sequence[str], facts: Mapping[str, object]
+    path: Path,
+    suspects: Sequence[Suspect],
+    index: MetadataIndex,
+    tags: Sequence[str],
+    facts: Mapping[str, object],
+    ontology: Ontology | None = None,
 ) -> None:
     """Write `suspects.jsonl`, atomically: a header with `facts`, then one suspect a line in the order given.
 
-    tags: names in the order of the model's outputs.
+    tags: names in the order of the model's outputs. ontology: of the model; a present tag that others of the image give
+    has them under `implied_by`, as they are what to correct.
     """
     lines = [json_line({"format_version": FORMAT_VERSION, "num_suspects": len(suspects), **facts})]
     for suspect in suspects:
         record = index.record(suspect.row)
         root, image = index.locate(suspect.row)
+        by = [] if ontology is None or suspect.kind == "missing" else ontology.givers(tags[suspect.tag], record.tags)
         lines.append(
             json_line(
                 {
                     "image": image,
                     "tag": tags[suspect.tag],
                     "kind": suspect.kind,
+                    **({"implied_by": by} if by else {}),
                     "score": round(suspect.score, 6),
                     "strength": round(suspect.strength, 4),
                     "tags": record.tags,

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from tagger.errors import InputError
 from tagger.metrics.intervals import SEED, Z, bootstrap_map, can_draw, influence_size, tag_influences
 from tagger.metrics.keys import NUM_KEYS, lowest_keys
-from tagger.metrics.ranking import ScoredImages, rank_positives
-from tagger.metrics.summary import ENOUGH_POSITIVES, image_f1, score_tags
+from tagger.metrics.ranking import ScoredImages, image_f1, rank_positives
+from tagger.metrics.summary import ENOUGH_POSITIVES, score_tags
 
 Floats = npt.NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from tagger.data.split import Part, Split
 class Contender:
     """A model on its device. logit_thresholds: [C], fitted for each tag or the same for all.
 
-    split: that of its own run, None for a model folder by itself.
+    split: that of its own run, None for a model folder by itself; unchanged: whether it was trained with that.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Contender:
     logit_thresholds: NDArray[np.float64]
     fitted: bool
     split: Split | None
+    unchanged: bool | None
 
     def was_made_from(self, image_ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """bool [N]: the images that its weights, or its fitted thresholds, come from; none where that is not known."""
@@ -47,6 +48,7 @@ class Contender:
             "left_out": [tag for tag in self.tags if tag not in shared],
             "thresholds": "fitted for each tag" if self.fitted else "one for all tags",
             "num_images_it_was_made_from": None if self.split is None else int(self.was_made_from(image_ids).sum()),
+            "training_part_unchanged": self.unchanged,
         }
 
 

@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from tagger.data.index import MetadataIndex
 from tagger.data.scan import printable
-from tagger.data.split import Part
+from tagger.data.split import Part, Split
 from tagger.evaluation.comparison import Comparison, TagChange
 from tagger.evaluation.tag_details import Confusions, HardImage, TagDetail
 from tagger.metrics.curves import OperatingPoint
@@ -64,6 +65,18 @@ def evaluation_document(
         **facts,
         **first,
         **{scores.kind: content for scores, content in zip(results[1:], others, strict=True)},
+    }
+
+
+def image_facts(run: Path, overrides: Sequence[str], split: Split, part: Part, num_chosen: int) -> dict[str, object]:
+    """Which images of which run are scored: `num_chosen` of a part. overrides: changed settings, as they were given."""
+    return {
+        "run": str(run),
+        "overrides": list(overrides),
+        "part": part.name.lower(),
+        "part_sha256": split.part_sha256(part),
+        "num_images_in_part": len(split.rows(part)),
+        "num_images_chosen": num_chosen,
     }
 
 

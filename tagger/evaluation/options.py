@@ -108,7 +108,7 @@ def _parser() -> Parser:
         "--output",
         type=output_file,
         metavar="FILE",
-        help="the JSON file (default: evaluation.json in the run)",
+        help="the JSON file (default: evaluation.json in the run, evaluation-online-test.json and so on)",
     )
     written.add_argument(
         "--save-predictions", type=output_file, metavar="FILE", help=f"every image's scores: {' or '.join(SUFFIXES)}"

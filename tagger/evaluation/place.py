@@ -5,7 +5,7 @@ Refuses anything else, and weights of a kind that are not kept.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,8 @@ from tagger.checkpoint.store import read_best
 from tagger.data.split import Part, Split
 from tagger.errors import InputError
 from tagger.metrics.thresholds import LeakError, TagThresholds
-from tagger.run_folder import model_dir
+from tagger.preprocess import Preprocess
+from tagger.run_folder import model_dir, require_model
 
 RUN_CONFIG = "config.yaml"
 Wanted = Literal["ema", "online", "both"]
@@ -73,7 +74,7 @@ def choose_weights(place: Place, wanted: Wanted | None = None) -> list[NamedWeig
     """
     model, checkpoint = place.model, place.checkpoint
     if wanted is None and place.run is not None and checkpoint is None:
-        model = model_dir(place.run)
+        model = require_model(place.run)
     if model is not None:
         if wanted is not None:
             raise InputError(f"--weights {wanted}: {place.path} is a model folder, which has one kind; name its run")
@@ -98,10 +99,31 @@ def choose_weights(place: Place, wanted: Wanted | None = None) -> list[NamedWeig
     return found
 
 
-def fitted_thresholds(weights: NamedWeights, split: Split, part: Part) -> TagThresholds | None:
-    """A model's own thresholds for images of a part, unless their fit has or may have seen these."""
+def require_vocabulary(weights: NamedWeights, sha256: str) -> None:
+    """Raise InputError where weights are of other tags than their run's vocabulary, of that hash."""
+    if weights.vocabulary_sha256 != sha256:
+        raise InputError(f"{weights.name} is of another vocabulary than its run has; they do not belong together")
+
+
+def sees_alike(weights: NamedWeights, preprocess: Preprocess) -> bool:
+    """Whether images are prepared as a model's own thresholds were fitted for; a warning says where they are not."""
+    artifact = weights.artifact
+    if artifact is None or artifact.thresholds is None or artifact.preprocess == preprocess:
+        return True
+    theirs, here = asdict(artifact.preprocess), asdict(preprocess)
+    differs = ", ".join(
+        f"{name} {theirs[name]} there, {here[name]} here" for name in here if theirs[name] != here[name]
+    )
+    logger.warning(
+        "F1 is at one threshold only: those of %s were fitted on images prepared otherwise (%s)", weights.name, differs
+    )
+    return False
+
+
+def fitted_thresholds(weights: NamedWeights, split: Split, part: Part, preprocess: Preprocess) -> TagThresholds | None:
+    """A model's own thresholds for images of a part, unless their fit has or may have seen these, or saw others."""
     thresholds = None if weights.artifact is None else weights.artifact.thresholds
-    if thresholds is None or part == Part.CALIB:
+    if thresholds is None or part == Part.CALIB or not sees_alike(weights, preprocess):
         return None
     try:
         thresholds.require_split(f"the thresholds of {weights.name}", split)

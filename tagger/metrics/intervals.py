@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tagger.metrics.keys import KEY_OFFSET, MAX_KEY, NUM_KEYS, Keys
-from tagger.metrics.ranking import RankedPositives, ScoredImages, rank_positives
+from tagger.metrics.ranking import RankedPositives, ScoredImages, image_f1, rank_positives
 from tagger.metrics.store import KeySample
 
 Z = 1.959963984540054
@@ -57,8 +57,7 @@ def per_image_intervals(scored: ScoredImages, draws: int = 1000, seed: int = SEE
     counters = np.stack([scored.per_image(name) for name in ("hits", "predicted", "present")])
     distinct, times = np.unique(counters, axis=1, return_counts=True)
     hits, predicted, present = distinct
-    f1 = np.where(predicted + present > 0, 2 * hits / np.maximum(predicted + present, 1), 1.0)
-    terms = np.stack([f1, present, predicted, hits]).astype(np.float64)
+    terms = np.stack([image_f1(hits, predicted, present), present, predicted, hits]).astype(np.float64)
     num_images = scored.num_images
     generator = np.random.default_rng(seed)
     share = times / num_images

@@ -93,3 +93,11 @@ def rank_positives(
         present=present,
     )
     return ranked, counts[len(wanted) :]
+
+
+def image_f1(
+    hits: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], present: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """F1 of each image, float64 of the same shape; 1 where it has no tags and none is predicted."""
+    both = predicted + present
+    return np.where(both > 0, 2 * hits / np.maximum(both, 1), 1.0)

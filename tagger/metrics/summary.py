@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tagger.metrics.calibration import BinCounts, Calibration
 from tagger.metrics.intervals import Interval, intervals
-from tagger.metrics.ranking import ScoredImages
+from tagger.metrics.ranking import ScoredImages, image_f1
 
 # The lowest training count of each bucket; every count falls into exactly one.
 FREQUENCY_EDGES = (0, 1, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
@@ -164,14 +164,6 @@ def summarise(
         per_image=_per_image(scored),
         intervals=intervals(scored),
     )
-
-
-def image_f1(
-    hits: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], present: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """F1 of each image, float64 of the same shape; 1 where it has no tags and none is predicted."""
-    both = predicted + present
-    return np.where(both > 0, 2 * hits / np.maximum(both, 1), 1.0)
 
 
 def _by_frequency(tags: TagScores, counts: npt.NDArray[np.integer]) -> tuple[FrequencyBucket, ...]:

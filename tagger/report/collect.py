@@ -3,7 +3,6 @@
 Refuses, before any work, to begin where what draws pages is not installed.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from tagger.batch import Batch
 from tagger.metrics.curves import TagCurve
 from tagger.metrics.hierarchy import HierarchyMetrics
-from tagger.metrics.keys import NUM_KEYS
+from tagger.metrics.keys import NUM_KEYS, logit_of
 from tagger.metrics.levels import tags_by_frequency
 from tagger.metrics.summary import Summary, TagScores
 from tagger.ontology import TagRelations
@@ -118,4 +117,4 @@ def create_mistakes(
     if limit == 0:
         return None
     shares = counts / max(1, num_images, int(counts.max()))
-    return ConfidentMistakes(limit, shares, math.log(threshold) - math.log1p(-threshold))
+    return ConfidentMistakes(limit, shares, logit_of(threshold))

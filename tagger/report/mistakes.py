@@ -10,7 +10,6 @@ Two kinds, each ranked by itself, one decision an image:
 Logits are rounded to 16 bits first, as everywhere in evaluation. Refuses NaN logits and mirrored images.
 """
 
-import math
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from tagger.batch import Batch
 from tagger.contact_sheet import Card, SheetTag
-from tagger.metrics.keys import MAX_KEY, Keys, from_keys, lowest_keys, to_keys
+from tagger.metrics.keys import MAX_KEY, Keys, from_keys, lowest_keys, probability_of, to_keys
 from tagger.tag_lists import tag_coordinates
 
 Kind = Literal["extra", "missed"]
@@ -149,15 +148,10 @@ class ConfidentMistakes:
 def mistake_card(mistake: Mistake, tag_names: Sequence[str]) -> Card:
     """A mistake as a card of a contact sheet, the tag in question first."""
     tags = [
-        SheetTag(tag_names[tag], probability(logit), "missed" if not told else "right" if there else "wrong")
+        SheetTag(tag_names[tag], probability_of(logit), "missed" if not told else "right" if there else "wrong")
         for tag, logit, there, told in sorted(mistake.scores, key=lambda score: score[0] != mistake.tag)
     ]
     return Card(mistake.image, f"{mistake.kind}: {tag_names[mistake.tag]}", tuple(tags), mistake.num_more)
-
-
-def probability(logit: float) -> float:
-    """The probability of a logit of any size."""
-    return 0.5 * (1.0 + math.tanh(0.5 * logit))
 
 
 def thumbnail(image: Tensor, height: int, width: int, side: int = THUMBNAIL_SIDE) -> npt.NDArray[np.uint8]:

@@ -17,10 +17,11 @@ from markupsafe import Markup
 
 from tagger.files import write_atomic
 from tagger.metrics.intervals import Interval
+from tagger.metrics.keys import probability_of
 from tagger.metrics.summary import ENOUGH_POSITIVES
 from tagger.report.content import Report, ShownMistake
 from tagger.report.drawing import STYLE, Plot, jpeg_uri, page_environment, short_number
-from tagger.report.mistakes import THUMBNAIL_SIDE, probability
+from tagger.report.mistakes import THUMBNAIL_SIDE
 from tagger.report.plots import draw_plots
 from tagger.report.template import PAGE, REPORT_STYLE, SCRIPT
 
@@ -183,7 +184,9 @@ def _card(report: Report, shown: ShownMistake) -> _Card:
     tags = []
     for tag, logit, is_there, is_predicted in mistake.scores:
         verdict = "right" if is_there and is_predicted else "extra" if is_predicted else "missed"
-        tags.append(_ShownTag(report.tags[tag].name, probability(logit), verdict, _MARKS[verdict], tag == mistake.tag))
+        tags.append(
+            _ShownTag(report.tags[tag].name, probability_of(logit), verdict, _MARKS[verdict], tag == mistake.tag)
+        )
     tags.sort(key=lambda tag: not tag.this)
     name = report.tags[mistake.tag].name
     what = "is predicted and not among its tags" if mistake.kind == "extra" else "is among its tags and not predicted"

@@ -1,6 +1,7 @@
 """From suspects to corrected training data and back: the command, its bad inputs, and what a run makes of a journal."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dataset_loader import create_dataloaders, open_dataset
 from scripts import apply_corrections, index
 from tagger import mending
 from tagger.data.correction_log import CorrectionLog, locked_log
+from tagger.ontology import ONTOLOGY_FILE, Ontology
 from tests.tiny_dataset import assert_same, configure, epoch_of, loaders
 from vocabulary import TagVocabulary, build_vocabulary
 
@@ -142,6 +144,35 @@ def test_lines_of_ones_own_may_name_images_by_absolute_paths(
     line = (str(tmp_path / CIRCLE), "square", "missing")
     code, _, err = call([line], "--accept-all")
     assert code == 2 and "no such image in the data set" in err
+
+
+def test_a_tag_that_another_gives_is_corrected_with_that(call: Call, run: Path, root: Path, journal: Path) -> None:
+    ontology = Ontology(aliases={"ring": "circle"}, implications={"arrow left": ("arrow",), "square": ("circle",)})
+    ontology.save(run / ONTOLOGY_FILE)
+    image = "even/img000.jpg"  # tagged arrow, arrow left
+    alone = (image, "arrow", "wrong")
+    code, _, err = call([alone], "--accept-all")
+    assert code == 2 and "line 1: even/img000.jpg: 'arrow' is implied by 'arrow left': correct that" in err
+    assert not journal.exists()
+    code, out, _ = call([alone, (image, "arrow left", "wrong")], "--accept-all")
+    assert code == 0 and "2 corrections of 1 images" in out
+    assert tags_of(root, journal, image)[0] == {"category:shape"}
+
+
+def test_suspects_of_another_folder_are_refused_unless_it_is_named(
+    call: Call, root: Path, journal: Path, tmp_path: Path
+) -> None:
+    files = bytes_of(root)
+    moved = shutil.copytree(root, tmp_path / "moved")
+    line: dict[str, object] = {"image": CIRCLE, "tag": "square", "kind": "missing", "root": str(moved)}
+    lines: list[tuple[str, str, str] | dict[str, object]] = [{"format_version": 1, "roots": [str(moved)]}, line]
+    code, _, err = call(lines, "--accept-all", "--write-sidecars")
+    assert code == 2 and f"are of {moved}, the run's" in err and "--roots" in err
+    assert not journal.exists() and bytes_of(root) == files
+    assert call(lines, "--accept-all", "--write-sidecars", "--roots", str(moved))[0] == 0
+    assert bytes_of(root) == files and "square" in (moved / CIRCLE).with_suffix(".json").read_text(encoding="utf-8")
+    code, _, err = call([{"format_version": 1, "roots": [str(root)]}, (CIRCLE, "text", "missing")], "--accept-all")
+    assert (code, err) == (0, "")
 
 
 def test_bad_lines_can_be_left_out_and_new_tags_asked_for(call: Call, root: Path, journal: Path) -> None:

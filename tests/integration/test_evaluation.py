@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 import validation_loop
-from scripts import report_run
+from scripts import fit_thresholds, report_run
 from tests.integration.test_ontology_runs import TEXT
 from tests.integration.test_train_direct import lines_of, results_of, run
 
@@ -119,6 +119,40 @@ def test_the_report_of_a_run_reads_the_file(finished: Path, capsys: pytest.Captu
     assert "left/right tags" in capsys.readouterr().out
 
 
+def test_overrides_are_recorded_and_other_pixels_have_no_fitted_thresholds(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = evaluated(tmp_path / "plain.json", "--run", finished, "validation.batch_size=7")
+    assert plain["overrides"] == ["validation.batch_size=7"] and plain["fitted_thresholds"] is not None
+    assert "prepared otherwise" not in caplog.text
+    found = evaluated(tmp_path / "found.json", "--run", finished, "data.image_size=48")
+    assert found["overrides"] == ["data.image_size=48"] and found["fitted_thresholds"] is None
+    assert "prepared otherwise (image_size 32 there, 48 here)" in caplog.text
+    sides = evaluated(tmp_path / "c.json", "--compare", finished, finished, "data.image_size=48")["sides"]
+    assert {side["thresholds"] for side in sides} == {"one for all tags"}
+
+
+KINDS = (("evaluation", "json"), ("suspects", "jsonl"))
+
+
+def test_no_evaluation_overwrites_anothers_files(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "one")
+    last = newest(folder)
+    for path in folder.glob("evaluation*"):
+        path.unlink()
+    kept = set(folder.iterdir())
+    sources = (("--run", folder), ("--run", folder, "--weights", "online"), ("--checkpoint", last))
+    ends = ("", "-online", f"-{last.name}", "-test")
+    for source in sources:
+        assert evaluate(*source, "--suspects", 3) == 0
+    assert evaluate("--run", folder, "--part", "test", "--suspects", 3) == 0
+    names = {f"{name}{end}.{suffix}" for end in ends for name, suffix in KINDS}
+    assert {path.name for path in set(folder.iterdir()) - kept} == names
+    assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["kind"] == "model"
+    assert evaluate("--compare", folder, last, "--part", "test") == 0
+    assert (folder / f"comparison-{last.name}-test.json").is_file()
+
+
 def test_parts_do_not_overlap_and_the_test_part_says_so(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +247,7 @@ def test_a_comparison_leaves_out_what_one_side_was_trained_on(
     score = found["scores"]["mAP"]
     assert score["difference"] == pytest.approx(score["b"] - score["a"]) and score["over"] <= found["num_tags"]
     assert evaluate("--compare", finished, other) == 0
-    assert (finished / "comparison.json").is_file()
+    assert (finished / "comparison-other.json").is_file()
 
 
 def test_a_model_compared_with_itself_is_no_better(finished: Path, tmp_path: Path) -> None:
@@ -224,6 +258,38 @@ def test_a_model_compared_with_itself_is_no_better(finished: Path, tmp_path: Pat
     score = found["scores"]["mAP"]
     assert score["a"] == score["b"] == whole["val/mAP"] and score["standard_error"] == 0
     assert found["num_won"] == found["num_lost"] == 0
+
+
+def test_a_split_that_was_edited_after_training_is_warned_of(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert evaluated(tmp_path / "a.json", "--run", finished)["training_part_unchanged"] is True
+    assert "not those of" not in caplog.text
+    edited = shutil.copytree(finished, tmp_path / "edited")
+    recipe = edited / "config.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    assert "val_fraction: 0.3" in text
+    recipe.write_text(text.replace("val_fraction: 0.3", "val_fraction: 0.4"), encoding="utf-8")
+    for source in (("--run", edited), ("--checkpoint", newest(edited))):
+        caplog.clear()
+        assert evaluated(tmp_path / "b.json", *source)["training_part_unchanged"] is False
+        assert "some that it was trained on may count as held out now" in caplog.text
+    caplog.clear()
+    assert fit_thresholds.main(["--run", str(edited), "--output", str(tmp_path / "thresholds.json")]) == 0
+    assert "not those of" in caplog.text
+    found = evaluated(tmp_path / "c.json", "--compare", finished, edited)
+    assert [side["training_part_unchanged"] for side in found["sides"]] == [True, False]
+    shutil.rmtree(edited / "checkpoints")
+    assert evaluated(tmp_path / "d.json", "--run", edited)["training_part_unchanged"] is None
+
+
+def test_a_run_without_a_model_says_how_it_stands(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "one")
+    shutil.rmtree(folder / "model")
+    assert evaluate("--run", folder) == 2
+    assert "has no model yet (completed, step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

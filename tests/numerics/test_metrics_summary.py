@@ -12,7 +12,8 @@ from sklearn.metrics import average_precision_score, f1_score
 from evaluation_metrics import MetricComputer
 from tagger.metrics.calibration import EDGES, NUM_BINS
 from tagger.metrics.keys import round_logits
-from tagger.metrics.summary import FREQUENCY_EDGES, Mean, image_f1, score_tags, summarise
+from tagger.metrics.ranking import image_f1
+from tagger.metrics.summary import FREQUENCY_EDGES, Mean, score_tags, summarise
 
 ROWS, TAGS = 80, 12
 CATEGORIES = ["general"] * 7 + ["rating"] * 3 + ["character"] * 2

@@ -52,6 +52,11 @@ def test_the_mirror_score_is_of_the_tags_that_swap(config: FullConfig, tmp_path:
     tags = [{"name": name, "average_precision": score} for name, score in scores.items()]
     (tmp_path / "evaluation.json").write_bytes(orjson.dumps({"format_version": 1, "tags": tags}))
     assert left_right_score(tmp_path, config) == "AP 0.9000 over 2 tags, lowest 0.8000 (arrow_left)"
+    test_part = {"format_version": 2, "mode": "full", "part": "test", "kind": "model", "tags": tags}
+    (tmp_path / "evaluation.json").write_bytes(orjson.dumps(test_part))
+    assert left_right_score(tmp_path, config) is None
+    (tmp_path / "evaluation.json").write_bytes(orjson.dumps({**test_part, "part": "val"}))
+    assert left_right_score(tmp_path, config) is not None
     off = replace(config, orientation=replace(config.orientation, mirror_probability=0))
     assert left_right_score(tmp_path, off) is None
 
