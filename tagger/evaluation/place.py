@@ -65,6 +65,11 @@ class NamedWeights:
     vocabulary_sha256: str | None
     artifact: Artifact | None = None
 
+    def require_vocabulary(self, sha256: str) -> None:
+        """Raise InputError unless they are of these tags, their run's."""
+        if self.vocabulary_sha256 != sha256:
+            raise InputError(f"{self.name} is of another vocabulary than its run has; they do not belong together")
+
 
 def choose_weights(place: Place, wanted: Wanted | None = None) -> list[NamedWeights]:
     """The weights of a place: as `wanted`, or (None) a run's model and a checkpoint's average, where it has one.
