@@ -47,7 +47,6 @@ from tagger.evaluation.place import (
     choose_weights,
     find_place,
     fitted_thresholds,
-    require_vocabulary,
     sees_alike,
 )
 from tagger.evaluation.predictions import Keep, PredictionFile
@@ -59,7 +58,7 @@ from tagger.evaluation.watch import Collector, Watch
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.metrics.keys import logit_of
-from tagger.metrics.thresholds import TagThresholds, ThresholdGoal, fit_thresholds
+from tagger.metrics.thresholds import Decisions, TagThresholds, ThresholdGoal, decide, fit_thresholds
 from tagger.module_state import check_tensors, load_tensors, named_tensors
 from tagger.ontology import relate
 from tagger.output import reader_may_leave
@@ -75,12 +74,16 @@ Criterion = TagLoss | MultiTaskLoss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over the held-out images gives; `scalars` are the values that are logged."""
+    """What one pass over the held-out images gives; `scalars`, at one threshold for all tags, are what is logged.
+
+    at_one: what that threshold decides, where `metrics` and `computer` are at each tag's own.
+    """
 
     scalars: Mapping[str, float]
     metrics: MetricResult
     samples: Samples
     computer: MetricComputer
+    at_one: Decisions | None = None
 
 
 class EvaluationStopped(Exception):
@@ -91,7 +94,7 @@ class EvaluationStopped(Exception):
 class Subject:
     """A model to score. F1 is at `threshold`, a probability, or at each tag's own of `logit_thresholds`, [C].
 
-    criterion: None where no loss is wanted.
+    criterion: None where no loss is wanted. The scalars are at `threshold` in either case.
     """
 
     model: nn.Module
@@ -177,15 +180,15 @@ class _Pass:
 
     def result(self) -> Evaluation:
         """The scores of what was taken in."""
-        metrics = self._computer.compute()
-        scalars = {
-            "val/mAP": metrics["mAP"],
-            "val/f1_macro": metrics["f1_macro"],
-            "val/f1_micro": metrics["f1_micro"],
-        }
-        if self.subject.criterion is not None:
+        subject, metrics = self.subject, self._computer.compute()
+        scalars = {f"val/{name}": metrics[name] for name in ("mAP", "f1_macro", "f1_micro")}
+        at_one = None
+        if subject.logit_thresholds is not None:
+            at_one = decide(self._computer, np.full(subject.num_tags, logit_of(subject.threshold)))
+            scalars |= {"val/f1_macro": at_one.f1_macro, "val/f1_micro": at_one.f1_micro}
+        if subject.criterion is not None:
             scalars["val/loss"] = float(self._total) / metrics["num_images"]
-        return Evaluation(scalars, metrics, self._samples.joined(), self._computer)
+        return Evaluation(scalars, metrics, self._samples.joined(), self._computer, at_one)
 
 
 def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:
@@ -316,7 +319,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     chosen = choose_weights(place, options.weights)
     vocabulary, train, validation, model = open_data_and_model(config, run / "vocabulary.json")
     for weights in chosen:
-        require_vocabulary(weights, vocabulary.sha256)
+        weights.require_vocabulary(vocabulary.sha256)
     beside, rows = choose_images(options, validation)
     loader = serve(rows, config, beside, beside.options)
     split, part, index, ontology = loader.split, loader.part, loader.dataset.index, loader.dataset.ontology
@@ -340,6 +343,8 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
     # and training this model has taken four times their memory.
     models = [model, *(create_model(model.config) for _ in chosen[1:])]
     ready = [put_weights(each, weights, config, device) for each, weights in zip(models, chosen, strict=True)]
+    # Where a model has its own thresholds for these images, everything but the scalars is at them.
+    fitted = [fitted_thresholds(each, split, part, loader.preprocess) for each in chosen]
     suspects = Suspects(num_tags, options.suspects) if options.suspects else None
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
@@ -359,26 +364,22 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
                 categories=tags.categories,
                 training_counts=tags.training_counts,
                 num_training_images=len(trained_on),
-                logit_thresholds=logit_of(threshold),
-                relations=relations,
+                logit_thresholds=logit_of(threshold) if fitted[0] is None else fitted[0].logits,
             )
         others = (suspects, predictions, drawn)
-        watches = [
-            Watch.create(
-                num_tags, threshold, fitted_thresholds(each, split, part, loader.preprocess), named, relations, others
-            )
-            for each in chosen
-        ]
+        watches = [Watch.create(num_tags, threshold, own, named, relations, others) for own in fitted]
         subjects = [
-            Subject(each, criterion, num_tags, threshold, collectors=watch.collectors)
-            for each, watch in zip(ready, watches, strict=True)
+            Subject(each, criterion, num_tags, threshold, None if own is None else own.logits, watch.collectors)
+            for each, own, watch in zip(ready, fitted, watches, strict=True)
         ]
         precision = MixedPrecisionTrainer(config.training.mixed_precision, device)
         evaluations = evaluate_all(subjects, loader, precision, device)
     results = []
     for weights, done, watch in zip(chosen, evaluations, watches, strict=True):
         scalars = {name.replace("val/", f"{options.part}/"): value for name, value in done.scalars.items()}
-        results.append(watch.scores(weights.name, weights.kind, scalars, done.metrics, done.computer, tags))
+        results.append(
+            watch.scores(weights.name, weights.kind, scalars, done.metrics, done.computer, tags, done.at_one)
+        )
     facts["num_images_refused"] = loader.refused
     write_json(output, evaluation_document(facts, results, tags, index))
     shown = list(evaluation_tables(facts, results, tags, index))
@@ -397,6 +398,7 @@ def evaluate_place(options: Namespace) -> tuple[Path, list[RenderableType]]:
             everything_in=output.name,
             summary=results[0].summary,
             scores=results[0].tags,
+            hierarchy=results[0].hierarchy,
             chosen=named,
         )
         shown += [
@@ -420,7 +422,7 @@ def open_contender(
     else:
         run, config = open_run(place, overrides)
         vocabulary = TagVocabulary.load(run / "vocabulary.json")
-        require_vocabulary(weights, vocabulary.sha256)
+        weights.require_vocabulary(vocabulary.sha256)
         split = split_dataset(config.data, open_dataset(config.data))
         if beside.split is None or split.key != beside.split.key:
             raise InputError(f"{run} is split by {split.key}, the other run is not: what both hold out cannot be told")

@@ -39,8 +39,9 @@ class TagList:
 class Scores:
     """What an evaluation of one kind of weights gives. weights: a name for people; kind: "EMA", "online", "model".
 
-    fitted: the model's own thresholds, where it has some, and what they decide about the same images; `details` and
-    `hierarchy` are at these.
+    fitted: the model's own thresholds, where it has some for these images; `metrics`, `summary`, `tags`, `hierarchy`
+    and `details` are then at these, else at `threshold`, a probability. `scalars` are at `threshold` in either case;
+    at_one: what it decides where `fitted` is there.
     """
 
     weights: str
@@ -49,9 +50,23 @@ class Scores:
     metrics: Mapping[str, object]
     summary: Summary
     tags: TagScores
-    fitted: tuple[TagThresholds, Decisions] | None = None
+    threshold: float
+    fitted: TagThresholds | None = None
+    at_one: Decisions | None = None
     hierarchy: HierarchyResult | None = None
     details: Sequence[TagDetail] = ()
+
+    @property
+    def thresholds(self) -> str:
+        """In words: "each tag's own, fitted for best F1 on 525 calibration images", or "0.5 for all tags"."""
+        if self.fitted is None:
+            return f"{self.threshold:g} for all tags"
+        num_images = f"{self.fitted.num_images:,}"
+        return f"each tag's own, fitted for {self.fitted.goal.describe()} on {num_images} calibration images"
+
+    def decisions(self) -> Decisions:
+        """What the thresholds of the evaluation decide."""
+        return Decisions(self.tags.hits, self.tags.predicted, self.tags.present, self.summary.num_images)
 
 
 def evaluation_document(
@@ -84,8 +99,13 @@ def page_facts(facts: Mapping[str, object], scores: Scores) -> dict[str, str]:
     """What was evaluated, by label, for the head of a page."""
     part, num_images = Part[str(facts["part"]).upper()], scores.summary.num_images
     once = "; use it once" if part == Part.TEST else ""
+    thresholds = scores.thresholds
+    if scores.at_one is not None:
+        macro, micro = (f"{value:.3f}" for value in (scores.at_one.f1_macro, scores.at_one.f1_micro))
+        thresholds += f"; at {scores.threshold:g} for all tags F1 macro is {macro} and F1 micro {micro}"
     return {
         "weights": scores.weights,
+        "thresholds": thresholds,
         "images": f"{num_images:,} of {facts['num_images_in_part']:,} of the {part.purpose} part{once} "
         f"(hash of the part: {str(facts['part_sha256'])[:12]})",
         "trained on": f"{facts['num_training_images']:,} images",
@@ -96,29 +116,40 @@ def page_facts(facts: Mapping[str, object], scores: Scores) -> dict[str, str]:
 
 def scores_document(scores: Scores, tags: TagList, index: MetadataIndex) -> dict[str, object]:
     """The part of the file that is about one kind of weights."""
-    metrics = scores.metrics
+    metrics, fitted, at_one = dict(scores.metrics), scores.fitted, scores.at_one
+    if at_one is not None:
+        # What stands beside the scalars is of the scalars.
+        counted = at_one.num_counted
+        metrics |= {"num_tags_in_f1_macro": counted}
+        metrics |= {"num_tags_left_out_of_f1_macro": scores.summary.num_tags - counted}
     content: dict[str, object] = {
         "weights": scores.weights,
         "kind": scores.kind,
-        "threshold": _number(metrics["threshold"]),
+        "thresholds": scores.thresholds,
+        "threshold": scores.threshold,
         **{name: _number(value) for name, value in scores.scalars.items()},
         **{name: value for name, value in metrics.items() if name.startswith("num_")},
-        "fitted_thresholds": None if scores.fitted is None else fitted_document(*scores.fitted),
+        "fitted_thresholds": None if fitted is None else fitted_document(fitted, scores.decisions()),
         "summary": summary_document(scores.summary),
     }
     if scores.hierarchy is not None:
         content["hierarchy"] = hierarchy_document(scores.hierarchy, tags.names)
     if scores.details:
         content["tag_details"] = [detail_document(detail, tags.names, index) for detail in scores.details]
-    return {**content, "tags": tag_rows(scores.tags, tags)}
+    thresholds = [scores.threshold] * len(tags.names) if fitted is None else fitted.probabilities.tolist()
+    return {**content, "tags": tag_rows(scores.tags, tags, thresholds)}
 
 
-def tag_rows(scores: TagScores, tags: TagList) -> list[dict[str, object]]:
-    """Every tag's scores. positives, predicted, hits: evaluated images that have it, that get it, and both."""
+def tag_rows(scores: TagScores, tags: TagList, thresholds: Sequence[float]) -> list[dict[str, object]]:
+    """Every tag's scores. positives, predicted, hits: evaluated images that have it, that get it, and both.
+
+    thresholds: the probability at which each is told.
+    """
     columns = zip(
         tags.names,
         tags.categories,
         tags.training_counts.tolist(),
+        thresholds,
         scores.average_precision.tolist(),
         scores.f1.tolist(),
         scores.present.tolist(),
@@ -131,13 +162,14 @@ def tag_rows(scores: TagScores, tags: TagList) -> list[dict[str, object]]:
             "name": name,
             "category": category,
             "training_images": training,
+            "threshold": threshold,
             "average_precision": _number(precision),
             "f1": _number(f1),
             "positives": positives,
             "predicted": predicted,
             "hits": hits,
         }
-        for name, category, training, precision, f1, positives, predicted, hits in columns
+        for name, category, training, threshold, precision, f1, positives, predicted, hits in columns
     ]
 
 
@@ -162,6 +194,7 @@ def fitted_document(thresholds: TagThresholds, decisions: Decisions) -> dict[str
         "calib_sha256": thresholds.calib_sha256,
         "calib_images": thresholds.num_images,
         **decisions.to_json(),
+        "num_tags_in_f1_macro": decisions.num_counted,
         "num_images": decisions.num_images,
     }
 

@@ -66,6 +66,11 @@ class NamedWeights:
     vocabulary_sha256: str | None
     artifact: Artifact | None = None
 
+    def require_vocabulary(self, sha256: str) -> None:
+        """Raise InputError unless they are of these tags, their run's."""
+        if self.vocabulary_sha256 != sha256:
+            raise InputError(f"{self.name} is of another vocabulary than its run has; they do not belong together")
+
 
 def choose_weights(place: Place, wanted: Wanted | None = None) -> list[NamedWeights]:
     """The weights of a place: as `wanted`, or (None) a run's model and a checkpoint's average, where it has one.
@@ -97,12 +102,6 @@ def choose_weights(place: Place, wanted: Wanted | None = None) -> list[NamedWeig
         manifest, tensors = read_part(checkpoint, "ema" if kind == "EMA" else "model")
         found.append(NamedWeights(f"{checkpoint} ({kind} weights)", kind, tensors, manifest.vocabulary_sha256))
     return found
-
-
-def require_vocabulary(weights: NamedWeights, sha256: str) -> None:
-    """Raise InputError where weights are of other tags than their run's vocabulary, of that hash."""
-    if weights.vocabulary_sha256 != sha256:
-        raise InputError(f"{weights.name} is of another vocabulary than its run has; they do not belong together")
 
 
 def sees_alike(weights: NamedWeights, preprocess: Preprocess) -> bool:

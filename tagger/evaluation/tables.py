@@ -18,7 +18,7 @@ from tagger.evaluation.tag_details import Confusions, HardImage, TagDetail
 from tagger.metrics.curves import OperatingPoint
 from tagger.metrics.hierarchy import HierarchyResult
 from tagger.metrics.intervals import Interval
-from tagger.metrics.summary import Group, Mean
+from tagger.metrics.summary import ENOUGH_POSITIVES, Group
 
 _NONE = "-"
 _SHOWN = 5
@@ -53,10 +53,11 @@ def full_tables(all_scores: Sequence[Scores], tags: TagList) -> Iterable[Rendera
     first, named = all_scores[0], "" if len(all_scores) == 1 else f", {all_scores[0].kind} weights"
     summary = first.summary
     yield Text()
-    yield from group_table(f"by training images of the tag{named}", "training images", summary.by_frequency)
+    yield from group_table(f"by training images of the tag{named}", "trained on", summary.by_frequency)
     if len(summary.by_category) > 1:
         yield Text()
         yield from group_table(f"by category{named}", "category", summary.by_category)
+    yield Text("true: tags of these images; macro, micro: F1; n: the tags that the score before it is over")
     yield Text()
     coverage, per_image = summary.coverage, summary.per_image
     yield Text(
@@ -64,7 +65,7 @@ def full_tables(all_scores: Sequence[Scores], tags: TagList) -> Iterable[Rendera
         f"4, {coverage.without:,} with none. Tags of an image at the median: {per_image.tag_quantiles[2]:g}, predicted "
         f"{per_image.predicted_quantiles[2]:g}."
     )
-    yield weakest(first, tags)
+    yield from weakest(first, tags)
 
 
 def headline(all_scores: Sequence[Scores]) -> Iterable[RenderableType]:
@@ -94,27 +95,26 @@ def headline(all_scores: Sequence[Scores]) -> Iterable[RenderableType]:
     row("F1 per image", interval("f1_per_image"), images)
     row("predicted tags", interval("predicted_per_image", 2), images)
     row("its own tags", plain((s.summary.per_image.tags.value for s in all_scores), 2), images)
-    fitted = [scores.fitted for scores in all_scores if scores.fitted is not None]
-    if len(fitted) == len(all_scores):
-        row("F1 macro *", plain(told.f1_macro for _, told in fitted), "tags there or told")
-        row("F1 micro *", plain(told.f1_micro for _, told in fitted), "all decisions")
-        row("predicted tags *", plain((told.tags_per_image for _, told in fitted), 2), images)
+    at_one = [scores.at_one for scores in all_scores if scores.at_one is not None]
+    if len(at_one) == len(all_scores):
+        counted = " and ".join(dict.fromkeys(f"{told.num_counted:,}" for told in at_one))
+        row("F1 macro *", plain(told.f1_macro for told in at_one), f"{counted} tags there or told")
+        row("F1 micro *", plain(told.f1_micro for told in at_one), "all decisions")
+        row("predicted tags *", plain((told.tags_per_image for told in at_one), 2), images)
     for name in (name for name in first.scalars if name.endswith("/loss")):
         row("loss", plain(scores.scalars[name] for scores in all_scores), "sum over tags, mean over images")
     error = (scores.summary.all_tags.calibration.error for scores in all_scores)
     row("calibration error", plain(error, 5), f"{summary.all_tags.calibration.num_decisions:,} decisions")
     yield table
-    yield Text(f"F1 and predicted tags: a tag is told at a score of {metrics['threshold']:g} or more.")
-    if len(fitted) == len(all_scores):
-        thresholds = fitted[0][0]
-        goal, num_images = thresholds.goal.describe(), thresholds.num_images
-        yield Text(f"* at each tag's own threshold, fitted for {goal} on {num_images:,} calibration images.")
+    yield Text(f"F1 and predicted tags are at thresholds: {first.thresholds}.")
+    if len(at_one) == len(all_scores):
+        yield Text(f"* at {first.threshold:g} for all tags, as training logs them.")
 
 
 def group_table(title: str, first: str, groups: Sequence[Group]) -> Iterable[RenderableType]:
-    """Scores by group; (n) is the number of tags that a mean is over where that is not all of the group."""
-    names = ("tags", "positives", "mAP", "F1 macro", "F1 micro", "calibration")
-    columns = [Column(first, no_wrap=True), *(Column(name, justify="right", no_wrap=True) for name in names)]
+    """Scores by group; n: how many of its tags the mean before it is over."""
+    names = ("tags", "true", "mAP", "n", "macro", "n", "micro", "calib.")
+    columns = [Column(first, overflow="fold"), *(Column(name, justify="right", no_wrap=True) for name in names)]
     table = _new(*columns, title=title)
     for group in groups:
         if group.empty:
@@ -123,8 +123,7 @@ def group_table(title: str, first: str, groups: Sequence[Group]) -> Iterable[Ren
             group.name,
             f"{group.num_tags:,}",
             f"{group.num_positives:,}",
-            _mean(group.mAP, group.num_tags),
-            _mean(group.f1_macro, group.num_tags),
+            *(text for mean in (group.mAP, group.f1_macro) for text in (_value(mean.value), f"{mean.over:,}")),
             _value(group.f1_micro.value),
             _value(group.calibration.error, 5),
         )
@@ -133,18 +132,22 @@ def group_table(title: str, first: str, groups: Sequence[Group]) -> Iterable[Ren
         yield Text(f"no tag has {'; '.join(empty)}")
 
 
-def weakest(scores: Scores, tags: TagList) -> Table:
-    """The tags of the lowest AP."""
-    precision = scores.tags.average_precision
-    table = _table("weakest tags", "AP", "positives", "training images")
-    for tag in [i for i in np.argsort(precision, kind="stable").tolist() if not np.isnan(precision[i])][:_SHOWN]:
+def weakest(scores: Scores, tags: TagList) -> Iterable[RenderableType]:
+    """The tags of the lowest AP, of those with enough positives: that of one image says nothing."""
+    precision, enough = scores.tags.average_precision, scores.tags.present >= ENOUGH_POSITIVES
+    if not enough.any():
+        yield Text(f"weakest tags: none has {ENOUGH_POSITIVES} or more of these images, too few to tell")
+        return
+    title = f"weakest of the {int(enough.sum()):,} tags with {ENOUGH_POSITIVES} or more of these images"
+    table = _table("tag", "AP", "positives", "training images", title=title)
+    for tag in [i for i in np.argsort(precision, kind="stable").tolist() if enough[i]][:_SHOWN]:
         table.add_row(
             Text(tags.names[tag]),
             _value(float(precision[tag])),
             f"{scores.tags.present[tag]:,}",
             f"{tags.training_counts[tag]:,}",
         )
-    return table
+    yield table
 
 
 def hierarchy_tables(
@@ -152,7 +155,6 @@ def hierarchy_tables(
 ) -> Iterable[RenderableType]:
     """Hierarchical scores beside the plain F1 at the same thresholds, consistency, and the groups violated most."""
     flat = scores.summary.all_tags
-    plain = flat.f1_micro.value if scores.fitted is None else scores.fitted[1].f1_micro
     title = f"{scores.kind} weights" if several else None
     table = _table("tags with all they imply", "precision", "recall", "F1", "over", title=title)
     for name, score, count in (
@@ -160,7 +162,7 @@ def hierarchy_tables(
         ("those that imply or are implied", result.related_tags, result.num_related_tags),
     ):
         table.add_row(name, *(_value(value) for value in (score.precision, score.recall, score.f1)), f"{count:,} tags")
-    table.add_row("each tag by itself (plain)", "", "", _value(plain), f"{flat.num_tags:,} tags")
+    table.add_row("each tag by itself (plain)", "", "", _value(flat.f1_micro.value), f"{flat.num_tags:,} tags")
     yield table
     yield Text(
         f"{_value(result.consistency)} of {result.child_decisions:,} predicted tags that imply others come with all "
@@ -320,7 +322,3 @@ def _interval(interval: Interval, digits: int = 4) -> tuple[str, str]:
         return value, ""
     fewer = max(1, digits - 1)
     return value, f"{interval.low:.{fewer}f}-{interval.high:.{fewer}f}"
-
-
-def _mean(mean: Mean, num_tags: int) -> str:
-    return _value(mean.value) if mean.over in (0, num_tags) else f"{_value(mean.value)} ({mean.over:,})"

@@ -14,7 +14,7 @@ from tagger.metrics.hierarchy import HierarchyMetrics
 from tagger.metrics.keys import logit_of
 from tagger.metrics.ranking import ScoredImages
 from tagger.metrics.summary import score_tags, summarise
-from tagger.metrics.thresholds import TagThresholds, decide
+from tagger.metrics.thresholds import Decisions, TagThresholds
 from tagger.ontology import TagRelations
 
 
@@ -30,6 +30,7 @@ class Collector(Protocol):
 class Watch:
     """The collectors of one kind of weights, at the thresholds `fitted` for it or else at one for all tags."""
 
+    threshold: float
     fitted: TagThresholds | None
     details: TagDetails | None
     hierarchy: HierarchyMetrics | None
@@ -48,6 +49,7 @@ class Watch:
         """threshold: a probability. named: tags to look at closely. others: further collectors, or None."""
         logits = np.full(num_tags, logit_of(threshold)) if fitted is None else fitted.logits
         return cls(
+            threshold,
             fitted,
             TagDetails(named, num_tags, logits) if named else None,
             None if relations is None else HierarchyMetrics(relations, num_tags, logits),
@@ -68,8 +70,9 @@ class Watch:
         metrics: Mapping[str, object],
         scored: ScoredImages,
         tags: TagList,
+        at_one: Decisions | None = None,
     ) -> Scores:
-        """Everything, once all images have gone by."""
+        """Everything, once all images have gone by; `scored` at the same thresholds. at_one: see `Scores`."""
         tag_scores = score_tags(scored)
         return Scores(
             weights=weights,
@@ -78,7 +81,9 @@ class Watch:
             metrics=metrics,
             summary=summarise(scored, tags.training_counts, tags.categories, tag_scores),
             tags=tag_scores,
-            fitted=None if self.fitted is None else (self.fitted, decide(scored, self.fitted.logits)),
+            threshold=self.threshold,
+            fitted=self.fitted,
+            at_one=at_one,
             hierarchy=None if self.hierarchy is None else self.hierarchy.compute(),
             details=() if self.details is None else self.details.details(scored),
         )

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from tagger.batch import Batch
 from tagger.metrics.curves import TagCurve
-from tagger.metrics.hierarchy import HierarchyMetrics
+from tagger.metrics.hierarchy import HierarchyResult
 from tagger.metrics.keys import NUM_KEYS, logit_of
 from tagger.metrics.levels import tags_by_frequency
 from tagger.metrics.summary import Summary, TagScores
-from tagger.ontology import TagRelations
 from tagger.report import require_libraries
 from tagger.report.content import DescribeImage, Report, ScoredCurves, gather_report
 from tagger.report.mistakes import ConfidentMistakes
@@ -41,21 +40,17 @@ class ReportCollector:
         training_counts: npt.NDArray[np.integer],
         num_training_images: int,
         logit_thresholds: npt.ArrayLike,
-        relations: TagRelations | None = None,
     ) -> None:
         require_libraries("--create-plots" if page is None else "--report")
         self._page, self._plots = page, plots
         self._names, self._categories, self._counts = names, categories, training_counts
         shares = training_counts / max(1, num_training_images)
         self.mistakes = ConfidentMistakes(SHOWN_MISTAKES, shares, logit_thresholds)
-        self._hierarchy = None if relations is None else HierarchyMetrics(relations, len(names), logit_thresholds)
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Look at a batch on the host with its logits, float32 [B, C] on the CPU."""
         if self._page is not None:
             self.mistakes.add(batch, logits)
-        if self._hierarchy is not None:
-            self._hierarchy.add(batch, logits)
 
     def write(
         self,
@@ -67,6 +62,7 @@ class ReportCollector:
         everything_in: str,
         summary: Summary | None = None,
         scores: TagScores | None = None,
+        hierarchy: HierarchyResult | None = None,
         chosen: Sequence[int] = (),
     ) -> Report:
         """Write what was asked for; the rest as for `gather_report`. Raises OSError where that is not possible."""
@@ -85,7 +81,7 @@ class ReportCollector:
             extra=self.mistakes.strongest("extra"),
             missed=self.mistakes.strongest("missed"),
             describe_image=describe_image,
-            hierarchy=None if self._hierarchy is None else self._hierarchy.compute(),
+            hierarchy=hierarchy,
             chosen=chosen,
             everything_in=everything_in,
         )

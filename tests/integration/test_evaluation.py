@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score
 
 import validation_loop
 from scripts import fit_thresholds, report_run
+from tagger.artifact import load_artifact
 from tests.integration.test_ontology_runs import TEXT
 from tests.integration.test_train_direct import lines_of, results_of, run
 
@@ -94,6 +95,9 @@ def test_a_whole_evaluation_says_what_each_number_is_over(
     shown = capsys.readouterr().out
     assert all(len(line) <= 80 for line in shown.splitlines() if str(tmp_path) not in line)
     assert "validation part" in shown and "test part" not in shown and "fitted for best F1" in shown
+    assert "…" not in shown and "weakest" in shown
+    for mean in (found["summary"]["all_tags"]["f1_macro"]["over"], found["num_tags_in_f1_macro"]):
+        assert f"{mean} tags there or told" in shown
     best = results_of(finished)["best"]
     assert found["val/mAP"] == best["value"] == pytest.approx(found["summary"]["all_tags"]["mAP"]["value"])  # type: ignore[index]
     tags, summary = found["tags"], found["summary"]
@@ -110,6 +114,28 @@ def test_a_whole_evaluation_says_what_each_number_is_over(
     assert sign["positives"] <= counts["sign"] - sign["training_images"] and sign["training_images"] > 0
     assert found["hierarchy"]["num_images"] == num_images
     assert found["fitted_thresholds"]["num_images"] == num_images
+
+
+def test_every_number_is_at_the_models_own_thresholds_but_what_training_logs(finished: Path, tmp_path: Path) -> None:
+    own = evaluated(tmp_path / "own.json", "--run", finished)
+    # The model's weights are the best checkpoint's, which has no thresholds of its own.
+    at_one = evaluated(tmp_path / "one.json", "--run", finished, "--weights", "ema")
+    assert own["thresholds"].startswith("each tag's own, fitted for best F1") and own["threshold"] == 0.5
+    assert at_one["thresholds"] == "0.5 for all tags" and at_one["fitted_thresholds"] is None
+    same = [name for name in own if name.startswith(("val/", "num_"))]
+    assert {name: own[name] for name in same} == {name: at_one[name] for name in same}
+    assert "val/f1_macro" in same and "num_tags_in_f1_macro" in same
+    fitted, summary = own["fitted_thresholds"], own["summary"]
+    assert fitted["f1_macro"] == pytest.approx(summary["all_tags"]["f1_macro"]["value"], abs=1e-12)
+    assert fitted["num_tags_in_f1_macro"] == summary["all_tags"]["f1_macro"]["over"]
+    assert fitted["f1_micro"] == summary["all_tags"]["f1_micro"]["value"] == summary["intervals"]["f1_micro"]["value"]
+    assert fitted["tags_per_image"] == pytest.approx(summary["per_image"]["predicted"]["value"])
+    assert sum(tag["predicted"] for tag in own["tags"]) == round(fitted["tags_per_image"] * own["num_images"])
+    thresholds = load_artifact(finished / "model").thresholds
+    assert thresholds is not None
+    assert [tag["threshold"] for tag in own["tags"]] == thresholds.probabilities.tolist()
+    assert {tag["threshold"] for tag in at_one["tags"]} == {0.5}
+    assert at_one["summary"]["all_tags"]["f1_micro"]["value"] == own["val/f1_micro"] != fitted["f1_micro"]
 
 
 def test_the_report_of_a_run_reads_the_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +226,8 @@ def test_predictions_give_the_evaluations_own_scores(finished: Path, tmp_path: P
     assert len(rows) == found["num_images"] and [tag["name"] for tag in found["tags"]] == header["vocabulary"]
     for place, tag in enumerate(found["tags"]):
         assert tag["positives"] == truth[:, place].sum()
-        assert tag["predicted"] == (scores[:, place] >= 0.5).sum()
+        # A threshold may be an image's score; as probabilities the two are rounded differently.
+        assert tag["predicted"] == (scores[:, place] >= tag["threshold"] - 1e-7).sum()
         if tag["positives"]:
             expected = average_precision_score(truth[:, place], scores[:, place])
             assert tag["average_precision"] == pytest.approx(expected, abs=1e-12)

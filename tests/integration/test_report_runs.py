@@ -20,7 +20,7 @@ from vocabulary import TagVocabulary
 def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reported")
     (folder / "tags.yaml").write_text(TEXT, encoding="utf-8")
-    words = (f"vocabulary.ontology_file={folder / 'tags.yaml'}", "training.num_epochs=2")
+    words = (f"vocabulary.ontology_file={folder / 'tags.yaml'}", "training.num_epochs=2", "data.calib_fraction=0.15")
     return run(images, folder / "runs", "reported", *words)
 
 
@@ -62,10 +62,15 @@ def test_the_page_has_the_numbers_of_the_evaluation(
     found = orjson.loads((finished / "evaluation.json").read_bytes())
     assert f"{found['val/mAP']:.3f}" in page.text and f"{found['val/f1_micro']:.3f}" in page.text
     assert found["vocabulary_sha256"][:12] in page.text
+    assert found["thresholds"] in page.text and f"{found['fitted_thresholds']['f1_micro']:.3f}" in page.text
+    assert f"{found['hierarchy']['all_tags']['f1']:.3f}" in page.text
     precision = {tag["name"]: tag["average_precision"] for tag in found["tags"]}
     rows = {row[0]: row for row in page.rows if len(row) == 9 and row[0] != "tag"}
     assert {name: row[8] for name, row in rows.items()} == {
         name: "–" if value is None else f"{value:.3f}" for name, value in precision.items()
+    }
+    assert {name: row[4] for name, row in rows.items()} == {
+        tag["name"]: f"{round(tag['threshold'], 4):.3f}" for tag in found["tags"]
     }
     assert "Hierarchy" in page.text and "arrow left, arrow right" in page.text
     named = tmp_path / "elsewhere" / "page.html"
@@ -74,7 +79,7 @@ def test_the_page_has_the_numbers_of_the_evaluation(
 
 
 def test_training_images_are_counted_in_the_training_part(images: Path, finished: Path, tmp_path: Path) -> None:
-    config = configure(images, data__index_dir=str(tmp_path / "index"))
+    config = configure(images, data__index_dir=str(tmp_path / "index"), data__calib_fraction=0.15)
     index, vocabulary = open_dataset(config.data), TagVocabulary.load(finished / "vocabulary.json")
     train, _ = create_dataloaders(config, vocabulary, index)
     assert train.split is not None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dataset_loader import create_part_loader
 from model_architecture import VisionTransformerConfig, create_model
 from scripts import fit_thresholds, predict
 from tagger.artifact import load_artifact
+from tagger.artifact.store import attach_thresholds
 from tagger.data.split import Part
 from tagger.metrics.thresholds import TagThresholds, decide
 from tests.integration.test_train_direct import arguments, run
@@ -74,10 +76,12 @@ def test_validation_says_f1_at_the_models_own_thresholds(
     fitted = content["fitted_thresholds"]
     assert fitted["calib_sha256"] == thresholds.calib_sha256 and fitted["objective"] == "best F1"
     assert 0 <= fitted["f1_macro"] <= 1 and content["threshold"] == 0.5
-    told = f"at each tag's own threshold, fitted for best F1 on {thresholds.num_images} calibration images"
-    assert told in " ".join(capsys.readouterr().out.split())
+    told = f"each tag's own, fitted for best F1 on {thresholds.num_images} calibration images"
+    assert told == content["thresholds"] and told in " ".join(capsys.readouterr().out.split())
     # Where the calibration images are others, they may be among those that are scored.
-    assert validation_loop.main(["--run", str(finished), "--output", str(output), "data.calib_fraction=0.1"]) == 0
+    copy = copy_of(finished, tmp_path)
+    attach_thresholds(copy / "model", replace(thresholds, calib_sha256="0" * 64))
+    assert validation_loop.main(["--run", str(copy), "--output", str(output)]) == 0
     assert json.loads(output.read_text(encoding="utf-8"))["fitted_thresholds"] is None
     assert "calibration images of another split" in caplog.text
 
