@@ -19,6 +19,7 @@ from tagger.metrics.intervals import SEED, Z, bootstrap_map, can_draw, influence
 from tagger.metrics.keys import NUM_KEYS, lowest_keys
 from tagger.metrics.ranking import ScoredImages, image_f1, rank_positives
 from tagger.metrics.summary import ENOUGH_POSITIVES, score_tags
+from tagger.metrics.thresholds import decide
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,6 +62,8 @@ class TagChange:
 class Comparison:
     """changes: every supported tag (at least `ENOUGH_POSITIVES` positives), the most won first.
 
+    one_rule: whether both models' F1 is at the same thresholds; where not, F1 at 0.5 for all tags of both is there too,
+    without an interval.
     won, lost: those whose difference is beyond 1.96 standard errors; were the models alike, about `by_chance` would be.
     """
 
@@ -69,6 +72,7 @@ class Comparison:
     scores: dict[str, Difference]
     changes: tuple[TagChange, ...]
     num_unsupported: int
+    one_rule: bool
 
     @property
     def won(self) -> tuple[TagChange, ...]:
@@ -119,6 +123,9 @@ def compare(a: ScoredImages, b: ScoredImages, draws: int = 1000, map_draws: int 
         "f1_macro": pairs.f1_macro(known),
         **_of_images(a, b, order_a, order_b, draws),
     }
+    one_rule = bool(np.array_equal(a.logit_thresholds, b.logit_thresholds))
+    if not one_rule:
+        scores |= _at_half(a, b, known)
     changes = [
         TagChange(tag, int(present[tag]), one, other, other - one, float(errors[tag]))
         for tag in known.tolist()
@@ -131,7 +138,26 @@ def compare(a: ScoredImages, b: ScoredImages, draws: int = 1000, map_draws: int 
         scores=scores,
         changes=tuple(sorted(changes, key=lambda change: (-change.difference, change.tag))),
         num_unsupported=a.num_tags - len(changes),
+        one_rule=one_rule,
     )
+
+
+def _at_half(a: ScoredImages, b: ScoredImages, known: npt.NDArray[np.integer]) -> dict[str, Difference]:
+    macro, micro = [], []
+    for scored in (a, b):
+        told = decide(scored, np.zeros(scored.num_tags))
+        both = (told.predicted + told.present)[known]
+        macro.append(float((2 * told.hits[known] / both).mean()) if len(known) else math.nan)
+        micro.append(told.f1_micro)
+    method, num_images = "none", a.num_images
+    return {
+        "f1_macro_at_0.5": _difference(
+            macro[0], macro[1], math.nan, len(known), "tags with a positive", method, num_images
+        ),
+        "f1_micro_at_0.5": _difference(
+            micro[0], micro[1], math.nan, num_images * a.num_tags, "decisions", method, num_images
+        ),
+    }
 
 
 def common_tags(known: Sequence[str], sides: Sequence[Sequence[str]]) -> list[str]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tagger.data.split import Part, Split
+from tagger.metrics.keys import probability_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Contender:
         columns = [place_of[tag] for tag in tags]
         return _SomeOutputs(self.model, columns), self.logit_thresholds[columns]
 
+    def _one(self) -> float:
+        return probability_of(float(self.logit_thresholds[0]))
+
     def facts(self, common: Sequence[str], image_ids: NDArray[np.uint64]) -> dict[str, object]:
         """What a report says about it. image_ids: those that were asked for."""
         shared = set(common)
@@ -46,7 +50,7 @@ class Contender:
             "weights": self.name,
             "num_tags": len(self.tags),
             "left_out": [tag for tag in self.tags if tag not in shared],
-            "thresholds": "fitted for each tag" if self.fitted else "one for all tags",
+            "thresholds": "fitted for each tag" if self.fitted else f"{self._one():g} for all tags",
             "num_images_it_was_made_from": None if self.split is None else int(self.was_made_from(image_ids).sum()),
             "training_part_unchanged": self.unchanged,
         }

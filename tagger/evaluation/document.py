@@ -248,6 +248,7 @@ def comparison_document(facts: Mapping[str, object], comparison: Comparison, nam
         "num_images": comparison.num_images,
         "num_tags": comparison.num_tags,
         "scores": {name: asdict(score) for name, score in comparison.scores.items()},
+        "one_rule": comparison.one_rule,
         "num_supported": len(comparison.changes),
         "num_unsupported": comparison.num_unsupported,
         "num_won": len(comparison.won),

@@ -106,7 +106,7 @@ def headline(all_scores: Sequence[Scores]) -> Iterable[RenderableType]:
     error = (scores.summary.all_tags.calibration.error for scores in all_scores)
     row("calibration error", plain(error, 5), f"{summary.all_tags.calibration.num_decisions:,} decisions")
     yield table
-    yield Text(f"F1 and predicted tags are at thresholds: {first.thresholds}.")
+    yield Text(f"Thresholds: {first.thresholds}.")
     if len(at_one) == len(all_scores):
         yield Text(f"* at {first.threshold:g} for all tags, as training logs them.")
 
@@ -234,11 +234,21 @@ def comparison_tables(
         "f1_micro": "F1 micro",
         "f1_per_image": "F1 per image",
         "predicted_per_image": "predicted tags",
+        "f1_macro_at_0.5": "F1 macro at 0.5",
+        "f1_micro_at_0.5": "F1 micro at 0.5",
     }
     for name, score in comparison.scores.items():
         over = f"{score.over:,} {score.what.split()[0]}"
-        table.add_row(labels[name], _value(score.a), _value(score.b), _signed(score.difference), _bounds(score), over)
+        own = "" if comparison.one_rule or name == "mAP" or name.endswith("_at_0.5") else " *"
+        table.add_row(
+            labels[name] + own, _value(score.a), _value(score.b), _signed(score.difference), _bounds(score), over
+        )
     yield table
+    if not comparison.one_rule:
+        yield Text(
+            "* each model at its own thresholds, as told above: a part of the difference may be theirs. At 0.5: "
+            "for all tags of both."
+        )
     supported = len(comparison.changes)
     yield Text(
         f"{supported:,} of {comparison.num_tags:,} tags have 5 or more of these images. B is better at "

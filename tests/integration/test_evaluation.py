@@ -273,6 +273,12 @@ def test_a_comparison_leaves_out_what_one_side_was_trained_on(
     assert found["num_tags"] == a["num_tags"] - len(a["left_out"]) == b["num_tags"] - len(b["left_out"])
     score = found["scores"]["mAP"]
     assert score["difference"] == pytest.approx(score["b"] - score["a"]) and score["over"] <= found["num_tags"]
+    # A has thresholds of its own, B has one: F1 at one rule for both is beside it.
+    assert a["thresholds"] == "fitted for each tag" and b["thresholds"] == "0.5 for all tags" and not found["one_rule"]
+    assert "F1 micro *" in shown and "mAP *" not in shown and "F1 micro at 0.5" in shown
+    assert found["scores"]["f1_micro_at_0.5"]["b"] == found["scores"]["f1_micro"]["b"]
+    assert found["scores"]["f1_macro_at_0.5"]["b"] == pytest.approx(found["scores"]["f1_macro"]["b"])
+    assert found["scores"]["f1_micro_at_0.5"]["a"] != found["scores"]["f1_micro"]["a"]
     assert evaluate("--compare", finished, other) == 0
     assert (finished / "comparison-other.json").is_file()
 
@@ -284,7 +290,8 @@ def test_a_model_compared_with_itself_is_no_better(finished: Path, tmp_path: Pat
     assert found["sides"][1]["num_images_it_was_made_from"] is None
     score = found["scores"]["mAP"]
     assert score["a"] == score["b"] == whole["val/mAP"] and score["standard_error"] == 0
-    assert found["num_won"] == found["num_lost"] == 0
+    assert found["num_won"] == found["num_lost"] == 0 and found["one_rule"]
+    assert "f1_micro_at_0.5" not in found["scores"]
 
 
 def test_a_split_that_was_edited_after_training_is_warned_of(
