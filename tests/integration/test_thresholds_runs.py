@@ -77,7 +77,10 @@ def test_validation_says_f1_at_the_models_own_thresholds(
     told = f"at each tag's own threshold, fitted for best F1 on {thresholds.num_images} calibration images"
     assert told in " ".join(capsys.readouterr().out.split())
     # Where the calibration images are others, they may be among those that are scored.
-    assert validation_loop.main(["--run", str(finished), "--output", str(output), "data.calib_fraction=0.1"]) == 0
+    recipe = copy_of(finished, tmp_path) / "config.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("calib_fraction: 0.2", "calib_fraction: 0.1"), encoding="utf-8")
+    assert validation_loop.main(["--run", str(recipe.parent), "--output", str(output)]) == 0
     assert json.loads(output.read_text(encoding="utf-8"))["fitted_thresholds"] is None
     assert "calibration images of another split" in caplog.text
 
