@@ -6,6 +6,7 @@ whose verdict on damaged files counts. spng was preferred to libpng, which print
 is no faster than Pillow's.
 """
 
+import zlib
 from typing import Final
 
 import imagecodecs
@@ -37,6 +38,9 @@ def decode_png(content: bytes, background: Colour, max_pixels: int) -> tuple[Pix
     orientation, name = 1, b""
     for name, start, end in png_chunks(content):
         if name in _PNG_BEYOND:
+            return None
+        # spng passes over a damaged chunk beside the picture's own, and with it over an orientation.
+        if name != b"IDAT" and zlib.crc32(content[start - 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
             return None
         if name == b"eXIf":
             orientation = exif_orientation(content[start:end])

@@ -155,7 +155,7 @@ def test_overrides_are_recorded_and_other_pixels_have_no_fitted_thresholds(
     assert found["overrides"] == ["data.image_size=48"] and found["fitted_thresholds"] is None
     assert "prepared otherwise (image_size 32 there, 48 here)" in caplog.text
     sides = evaluated(tmp_path / "c.json", "--compare", finished, finished, "data.image_size=48")["sides"]
-    assert {side["thresholds"] for side in sides} == {"one for all tags"}
+    assert {side["thresholds"] for side in sides} == {"0.5 for all tags"}
 
 
 KINDS = (("evaluation", "json"), ("suspects", "jsonl"))
