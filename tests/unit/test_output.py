@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "from tagger.output import reader_may_leave\n"
 PRINTS = "with reader_may_leave(): print('x' * 100_000); print('more')"
 BUFFERED = "with reader_may_leave(): print('short')"
-RICH = "from rich.console import Console\nwith reader_may_leave(): Console().print('x' * 100_000); print('more')"
+RICH = "from rich.console import Console\nwith reader_may_leave(): Console().print('x\\n' * 50_000); print('more')"
 SHOW = "import sys, Configuration_System\nsys.exit(Configuration_System.main(['show', 'configs/demo.yaml']))"
 
 
