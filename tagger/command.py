@@ -86,8 +86,8 @@ def held_back(*numbers: signal.Signals) -> Iterator[None]:
 def serve_parent() -> None:
     """For a worker of a pool: what a terminal sends is its parent's affair; SIGTERM or its parent's end ends it."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has its parent's handlers
+        # Never ignored, not even for a moment: that would throw away a SIGTERM that came while it was held back.
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     threading.Thread(target=_end_with_parent, daemon=True).start()

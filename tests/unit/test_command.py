@@ -274,3 +274,19 @@ def test_ctrl_c_while_a_command_still_imports_is_one_line(words: list[str]) -> N
         )
         errors = _stop(process, signal.SIGINT)
     assert process.returncode == 130 and errors == "stopped by Ctrl-C\n"
+
+
+@POSIX_ONLY
+def test_a_worker_that_was_ended_while_it_started_ends() -> None:
+    """SIGTERM comes while it is still held back, and must not be thrown away."""
+    code = (
+        "import multiprocessing, os, signal, sys, time\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "from tagger import command\n"
+        "command._end_with_parent = lambda: None\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "command.serve_parent()\n"
+        "time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50, check=False)
+    assert ended.returncode == -signal.SIGTERM
