@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -28,6 +27,7 @@ from rich.table import Table
 from Configuration_System import FullConfig, load_config
 from dataset_loader import DataLoader, create_dataloaders, open_dataset
 from scripts import build_cache
+from scripts.figures import Figure, figure, figures_table
 from scripts.loader_workloads import HELD_OUT, PillowDataset, WaitingImages, make_photographs
 from tagger.batch import Batch
 from tagger.command import command
@@ -44,28 +44,6 @@ NUM_THREADS = 8  # of the loader that is beside the main loop
 PREFETCH = 4
 LOOP_BATCH = 64
 STEP_S = 0.75 * LOOP_BATCH / RATE
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured ratio: the median of its rounds. `goal` is a lower limit, or an upper one where `lower_is_better`."""
-
-    name: str
-    value: float
-    rounds: list[float]
-    goal: float | None = None
-    lower_is_better: bool = False
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether the goal is reached; None where there is none."""
-        if self.goal is None:
-            return None
-        return self.value <= self.goal if self.lower_is_better else self.value >= self.goal
-
-
-def figure(name: str, rounds: list[float], goal: float | None = None, *, lower_is_better: bool = False) -> Figure:
-    return Figure(name, statistics.median(rounds), rounds, goal, lower_is_better)
 
 
 def configured(scratch: Path, *words: str) -> FullConfig:
@@ -302,13 +280,7 @@ def show(figures: Sequence[Figure], rates: dict[str, list[float]], console: Cons
     for name, values in rates.items():
         table.add_row(name, f"{statistics.median(values):.0f}")
     console.print(table)
-    table = Table("ratio", "median", "least", "most", "goal", "reached")
-    words = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}
-    for each in figures:
-        limit = "" if each.goal is None else f"{'<=' if each.lower_is_better else '>='} {each.goal:g}"
-        numbers = (each.value, min(each.rounds), max(each.rounds))
-        table.add_row(each.name, *(f"{number:.3f}" for number in numbers), limit, words[each.reached])
-    console.print(table)
+    console.print(figures_table(figures))
 
 
 @command()

@@ -1,0 +1,189 @@
+"""What the sections share: the device, the sizes, the clock, and the ceilings that figures are held against.
+
+Times are taken by turns in one process, so that a ratio holds where the machine's speed drifts.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from Configuration_System import ModelSection
+from scripts.figures import Figure
+from tagger.devices import autocast_dtype
+
+
+class OutOfTimeError(RuntimeError):
+    """The benchmark's time is over; what was measured before stands."""
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One training step to measure. Goals are of a GPU: share of the matmul ceiling, images a second, peak GB."""
+
+    name: str
+    model: ModelSection
+    image_size: int
+    batch_size: int
+    least_mfu: float | None = None
+    least_images_per_s: float | None = None
+    most_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of every section. `turn_s` is the least time for which a turn repeats a short call."""
+
+    rounds: int
+    turn_s: float
+    num_tags: int
+    matmul_side: int
+    copy_bytes: int
+    attention_tokens: tuple[int, ...]
+    attention_head_dims: tuple[int, ...]
+    attention_width: int
+    attention_total_tokens: int
+    loss_batches: tuple[int, ...]
+    steps: tuple[StepCase, ...]
+    layout: StepCase
+    layout_shapes: int
+    update_model: ModelSection
+    loader_images: int
+    loader_batch: int
+    evaluated_images: int
+    evaluated_tags: int
+
+
+GPU_SCALE = Scale(
+    rounds=5,
+    turn_s=0.05,
+    num_tags=20_000,
+    matmul_side=8192,
+    copy_bytes=1 << 30,
+    attention_tokens=(256, 400, 576, 768, 784, 1024),
+    attention_head_dims=(64, 128),
+    attention_width=1024,
+    attention_total_tokens=65_536,
+    loss_batches=(256, 1024),
+    steps=(
+        StepCase("L@448", ModelSection(preset="vit_large"), 448, 128, least_mfu=0.60, most_gb=85),
+        StepCase("S@224", ModelSection(preset="vit_small"), 224, 1024, least_images_per_s=12_000),
+        StepCase("B@448", ModelSection(preset="vit_base"), 448, 256),
+    ),
+    layout=StepCase("B@448", ModelSection(preset="vit_base"), 448, 256),
+    layout_shapes=3,
+    update_model=ModelSection(preset="vit_large"),
+    loader_images=4096,
+    loader_batch=128,
+    evaluated_images=300_000,
+    evaluated_tags=20_000,
+)
+
+CPU_SCALE = Scale(
+    rounds=5,
+    turn_s=0.05,
+    num_tags=2_000,
+    matmul_side=1024,
+    copy_bytes=1 << 27,
+    attention_tokens=(64, 196),
+    attention_head_dims=(64,),
+    attention_width=192,
+    attention_total_tokens=784,
+    loss_batches=(64,),
+    steps=(StepCase("tiny@96", ModelSection(preset="vit_tiny", depth=4), 96, 16),),
+    layout=StepCase("tiny@176", ModelSection(preset="vit_tiny", depth=2), 176, 8),
+    layout_shapes=3,
+    update_model=ModelSection(preset="vit_tiny"),
+    loader_images=64,
+    loader_batch=16,
+    evaluated_images=10_000,
+    evaluated_tags=200,
+)
+
+
+class Bench:
+    """The device and the sizes, with a clock that waits for the device. Raises OutOfTimeError once time is over."""
+
+    def __init__(self, device: torch.device, scale: Scale, seconds: float = math.inf) -> None:
+        self.device = device
+        self.scale = scale
+        self.on_gpu = device.type == "cuda"
+        self.dtype = autocast_dtype("auto", device) or torch.float32
+        self._ends_at = time.perf_counter() + seconds
+        # Left by the training steps for the section that needs it: timm compiled / ours on squares, by case.
+        self.against_timm: dict[str, float] = {}
+        # Likewise images a second of our own steps.
+        self.images_per_s: dict[str, float] = {}
+
+    def check_time(self) -> None:
+        """Raises OutOfTimeError where the time is over."""
+        if time.perf_counter() > self._ends_at:
+            raise OutOfTimeError("the time is over; --sections measures the rest, --minutes gives more")
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
+        """Seconds a call."""
+        started = self.now()
+        for _ in range(repeats):
+            work()
+        return (self.now() - started) / repeats
+
+    def in_turn(self, works: Mapping[str, Callable[[], object]], rounds: int | None = None) -> dict[str, list[float]]:
+        """Seconds a call of each work in every round, by turns, after two calls to warm up."""
+        repeats = {}
+        for name, work in works.items():
+            self.check_time()
+            work()
+            repeats[name] = max(1, math.ceil(self.scale.turn_s / max(self.seconds(work), 1e-7)))
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(rounds or self.scale.rounds):
+            for name, work in works.items():
+                times[name].append(self.seconds(work, repeats[name]))
+        return times
+
+    @cached_property
+    def matmul_flops(self) -> float:
+        """FLOP/s of a square product in the dtype of training: the ceiling of every network."""
+        side = self.scale.matmul_side
+        a, b = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = self.in_turn({"matmul": lambda: torch.mm(a, b, out=out)})["matmul"]
+        return 2 * side**3 / statistics.median(seconds)
+
+    @cached_property
+    def copy_bytes_per_s(self) -> float:
+        """Bytes/s read and written by a copy in the device's memory: the ceiling of what passes over data once."""
+        source = torch.zeros(self.scale.copy_bytes, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source).fill_(1)
+        seconds = self.in_turn({"copy": lambda: target.copy_(source)})["copy"]
+        return 2 * self.scale.copy_bytes / statistics.median(seconds)
+
+    def release(self) -> None:
+        """Give back what a section has left: memory, and compiled code with its limit on variants."""
+        gc.collect()
+        torch._dynamo.reset()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+
+Section = Callable[[Bench], Iterator[Figure]]
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def missing(name: str, why: str) -> Figure:
+    """A figure that could not be measured, and why."""
+    return Figure(name, math.nan, note=why)
