@@ -7,11 +7,12 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from Configuration_System import ModelSection
 from scripts.figures import Figure
@@ -53,7 +54,8 @@ class Scale:
     layout: StepCase
     layout_shapes: int
     update_model: ModelSection
-    loader_images: int
+    loader_batches: int
+    loader_photographs: int
     loader_batch: int
     evaluated_images: int
     evaluated_tags: int
@@ -78,7 +80,8 @@ GPU_SCALE = Scale(
     layout=StepCase("B@448", ModelSection(preset="vit_base"), 448, 256),
     layout_shapes=3,
     update_model=ModelSection(preset="vit_large"),
-    loader_images=4096,
+    loader_batches=64,
+    loader_photographs=16,
     loader_batch=128,
     evaluated_images=300_000,
     evaluated_tags=20_000,
@@ -99,7 +102,8 @@ CPU_SCALE = Scale(
     layout=StepCase("tiny@176", ModelSection(preset="vit_tiny", depth=2), 176, 8),
     layout_shapes=3,
     update_model=ModelSection(preset="vit_tiny"),
-    loader_images=64,
+    loader_batches=64,
+    loader_photographs=16,
     loader_batch=16,
     evaluated_images=10_000,
     evaluated_tags=200,
@@ -161,12 +165,18 @@ class Bench:
         return 2 * side**3 / statistics.median(seconds)
 
     @cached_property
-    def copy_bytes_per_s(self) -> float:
-        """Bytes/s read and written by a copy in the device's memory: the ceiling of what passes over data once."""
+    def _copied(self) -> tuple[Tensor, Tensor]:
         source = torch.zeros(self.scale.copy_bytes, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source).fill_(1)
-        seconds = self.in_turn({"copy": lambda: target.copy_(source)})["copy"]
-        return 2 * self.scale.copy_bytes / statistics.median(seconds)
+        return torch.empty_like(source).fill_(1), source
+
+    def copy(self) -> None:
+        """Read and write memory of the device once each: the ceiling of what passes over data once."""
+        target, source = self._copied
+        target.copy_(source)
+
+    def copy_seconds(self, times: Mapping[str, Sequence[float]], num_bytes: float) -> list[float]:
+        """How long the device takes to move `num_bytes`, read or written, by the rounds of "copy" among the times."""
+        return [seconds * num_bytes / (2 * self.scale.copy_bytes) for seconds in times["copy"]]
 
     def release(self) -> None:
         """Give back what a section has left: memory, and compiled code with its limit on variants."""
@@ -187,3 +197,19 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 def missing(name: str, why: str) -> Figure:
     """A figure that could not be measured, and why."""
     return Figure(name, math.nan, note=why)
+
+
+def saved_bytes(forward: Callable[[], Tensor], besides: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward of a forward pass, `besides` these (a model's weights) aside."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())

@@ -17,7 +17,8 @@ def ceilings(bench: Bench) -> Iterator[Figure]:
     """What the device gives a matrix product, a copy in its memory and a copy from the host's."""
     dtype = str(bench.dtype).removeprefix("torch.")
     yield Figure(f"matmul {bench.scale.matmul_side}, {dtype}", bench.matmul_flops / 1e12, unit="TFLOP/s")
-    yield Figure("copy, read and write", bench.copy_bytes_per_s / 1e9, unit="GB/s")
+    times = bench.in_turn({"copy": bench.copy})
+    yield figure("copy, read and write", [1 / each for each in bench.copy_seconds(times, 1e9)], unit="GB/s")
     host = torch.zeros(bench.scale.copy_bytes // 4, dtype=torch.uint8, pin_memory=bench.on_gpu)
     there = torch.empty_like(host, device=bench.device)
     seconds = bench.in_turn({"copy": lambda: there.copy_(host, non_blocking=True)})["copy"]
@@ -45,9 +46,7 @@ def attention(bench: Bench) -> Iterator[Figure]:
 def attention_figure(bench: Bench, name: str, shape: tuple[int, int, int, int]) -> Figure:
     """The best backend's share of the matmul ceiling; the note has every backend's TFLOP/s."""
     batch, heads, tokens, head_dim = shape
-    query, key, value = (
-        torch.randn(shape, device=bench.device).to(bench.dtype).requires_grad_() for _ in range(3)
-    )
+    query, key, value = (torch.randn(shape, device=bench.device).to(bench.dtype).requires_grad_() for _ in range(3))
     upstream = torch.randn(shape, device=bench.device).to(bench.dtype)
     works: dict[str, Callable[[], object]] = {}
     # On a GPU the plain products write out the whole [N, N] matrix: nobody trains with them.

@@ -1,0 +1,158 @@
+"""The benchmark for a GPU measures what it says, on a CPU and the smallest shapes; figures are not judged."""
+
+import dataclasses
+import math
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from Configuration_System import ModelSection
+from model_architecture import create_model
+from scripts import benchmark_gpu
+from scripts.figures import Figure
+from scripts.gpu_bench.bench import CPU_SCALE, Bench, OutOfTimeError, StepCase, saved_bytes
+from scripts.gpu_bench.flops import forward_flops, training_flops
+from scripts.gpu_bench.steps import OperatorCounter, train_steps
+
+_SMALL = ModelSection(preset="vit_tiny", depth=1, embed_dim=48)
+TINY = dataclasses.replace(
+    CPU_SCALE,
+    rounds=1,
+    turn_s=1e-4,
+    num_tags=50,
+    matmul_side=64,
+    copy_bytes=1 << 16,
+    attention_tokens=(16,),
+    attention_total_tokens=16,
+    loss_batches=(4,),
+    steps=(StepCase("tiny@32", _SMALL, 32, 2),),
+    layout=StepCase("tiny@176", _SMALL, 176, 1),
+    layout_shapes=1,
+    update_model=_SMALL,
+    loader_batches=16,
+    loader_photographs=1,
+    loader_batch=2,
+    evaluated_images=64,
+    evaluated_tags=20,
+)
+CPU = torch.device("cpu")
+
+
+def test_every_section_measures_and_is_written_down(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    assert benchmark_gpu.main(["--cpu", "--output", str(output)], TINY) == 0
+    written = orjson.loads(output.read_bytes())
+    assert written["format_version"] == 1 and written["machine"]["torch"] == torch.__version__
+    assert list(written["sections"]) == list(benchmark_gpu.SECTIONS)
+    for name, section in written["sections"].items():
+        assert section["failure"] is None and section["figures"], name
+        for figure in section["figures"]:
+            assert figure["value"] is not None or figure["note"], figure
+    found = {figure["name"]: figure for section in written["sections"].values() for figure in section["figures"]}
+    assert found["176 px: useful tokens, 7 buckets"]["reached"] is True
+    assert found["step tiny@32 B=2: host reads"]["goal"] is None
+    assert found["asymmetric loss 4 x 50: plain, saved a logit"]["value"] > 8
+
+
+def test_without_timm_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    rows = [figure for figure in train_steps(Bench(CPU, TINY)) if "timm" in figure.name]
+    assert len(rows) == 2 and all(math.isnan(row.value) and "pip install timm" in row.note for row in rows)
+
+
+def test_with_timm_its_network_takes_turns_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def create(name: str, *, num_classes: int, **settings: object) -> nn.Module:
+        asked.update(name=name, num_classes=num_classes, **settings)
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
+
+    fake = types.ModuleType("timm")
+    fake.create_model = create
+    fake.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    rows = {figure.name: figure for figure in train_steps(Bench(CPU, TINY))}
+    assert 0 < rows["step tiny@32 B=2: timm eager / ours"].value < math.inf
+    assert "on a GPU alone" in rows["step tiny@32 B=2: timm compiled / ours"].note
+    assert asked["name"] == "vit_tiny_patch16_224" and asked["img_size"] == 32 and asked["num_classes"] == 50
+
+
+def test_a_section_that_fails_is_named_and_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(_: Bench) -> Iterator[Figure]:
+        yield Figure("before", 1.0)
+        raise RuntimeError("CUDA error: an example\nsecond line")
+
+    monkeypatch.setitem(benchmark_gpu.SECTIONS, "loss", breaking)
+    output = tmp_path / "gpu.json"
+    assert benchmark_gpu.main(["--cpu", "--sections", "loss", "ceilings", "--output", str(output)], TINY) == 1
+    sections = orjson.loads(output.read_bytes())["sections"]
+    assert sections["loss"]["failure"] == "RuntimeError: CUDA error: an example"
+    assert [figure["name"] for figure in sections["loss"]["figures"]] == ["before"]
+    assert sections["ceilings"]["failure"] is None
+
+
+def test_no_measurement_begins_after_the_time_is_over() -> None:
+    bench = Bench(CPU, TINY, seconds=-1)
+    with pytest.raises(OutOfTimeError, match="--sections"):
+        bench.in_turn({"nothing": lambda: None})
+    for name, section in benchmark_gpu.SECTIONS.items():
+        outcome = benchmark_gpu.run_section(section, bench)
+        assert outcome.failure is not None and "the time is over" in outcome.failure, name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_gpu.main([]) == 2
+    assert "use --cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_matrix_products_counted_are_those_of_the_formula(pooling: str, size: tuple[int, int]) -> None:
+    section = dataclasses.replace(_SMALL, pooling=pooling, depth=2)
+    model = create_model(section, num_tags=7, image_size=64).eval()
+    images = torch.zeros(3, 3, *size, dtype=torch.uint8)
+    model(images)  # positions of another grid are worked out once
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        model(images)
+    expected = 3 * forward_flops(model.config, *size)
+    resized = 0 if size == (64, 64) else _resize_flops(model.config.embed_dim, (4, 4), (3, 5))
+    assert counter.get_total_flops() - resized == expected
+
+
+def _resize_flops(width: int, old: tuple[int, int], new: tuple[int, int]) -> int:
+    """Of interpolating the positions, once a batch."""
+    return 2 * new[0] * old[0] * old[1] * width + 2 * new[0] * new[1] * old[1] * width
+
+
+@pytest.mark.parametrize(
+    ("preset", "image_size", "teraflops"),
+    [("vit_small", 224, 0.0275), ("vit_base", 448, 0.470), ("vit_large", 224, 0.369), ("vit_large", 448, 1.607)],
+)
+def test_published_sizes_cost_what_is_known(preset: str, image_size: int, teraflops: float) -> None:
+    """Forward and backward of an image, as computed elsewhere; the head's 20,000 tags are within the last digit."""
+    with torch.device("meta"):
+        config = create_model(ModelSection(preset=preset), num_tags=1000, image_size=image_size).config
+    assert training_flops(config) / 1e12 == pytest.approx(teraflops, rel=0.01)
+
+
+def test_saved_bytes_are_those_that_autograd_keeps() -> None:
+    weight = torch.randn(8, 8, requires_grad=True)
+    inputs = torch.randn(4, 8)
+    assert saved_bytes(lambda: (inputs @ weight).exp().sum(), [weight]) == 2 * 4 * 8 * 4
+
+
+def test_a_host_read_is_counted() -> None:
+    with OperatorCounter() as counter:
+        torch.ones(3).sum().item()
+    assert counter.counts["aten::_local_scalar_dense"] == 1
