@@ -6,6 +6,7 @@ Times are taken by turns in one process, so that a ratio holds where the machine
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,8 @@ class Bench:
     def release(self) -> None:
         """Give back what a section has left: memory, and compiled code with its limit on variants."""
         gc.collect()
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds
+            torch._dynamo.reset()
         if self.on_gpu:
             torch.cuda.empty_cache()
 

@@ -46,6 +46,7 @@ def update(state: TrainState) -> None:
 def optimizers(bench: Bench) -> Iterator[Figure]:
     """Every optimizer with clip and average: time against AdamW's byte floor."""
     for name in OPTIMIZERS.names():
+        bench.check_time()
         state = make_state(bench, name)
         millions = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         works: dict[str, Callable[[], object]] = {"update": lambda state=state: update(state)}  # type: ignore[misc]
@@ -63,6 +64,7 @@ def optimizers(bench: Bench) -> Iterator[Figure]:
 
 def checkpoint_stall(bench: Bench) -> Iterator[Figure]:
     """How long a save of a whole state holds training up while the writer is idle."""
+    bench.check_time()
     state = make_state(bench, "adamw")
     stalls, copies = [], []
     with (
