@@ -27,6 +27,7 @@ from tagger.data.yardstick import yardstick_sha256
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
+from tagger.objective import TrainingObjective
 from tagger.ontology import ONTOLOGY_FILE
 from tagger.ontology_file import require_unchanged
 from tagger.preprocess import Preprocess
@@ -78,6 +79,7 @@ class Parts:
     augments: tuple[BatchAugment, ...]  # of the phases
     feed: Feed
     criterion: Criterion
+    objective: torch.nn.Module
     schedule: Schedule
     state: TrainState
     boundary: StepBoundary
@@ -167,6 +169,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         train_loader.dataset.ontology.save(folder.ontology_path)
     vocabulary.save(folder.vocabulary_path)
     compile_model(model, training.compile, device)
+    criterion = build_criterion(config, vocabulary).to(device)
     return Parts(
         config=config,
         folder=folder,
@@ -179,7 +182,8 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         phases=phases,
         augments=tuple(create_augment(phase.augment, config.data.background) for phase in phases),
         feed=feed,
-        criterion=build_criterion(config, vocabulary).to(device),
+        criterion=criterion,
+        objective=TrainingObjective(model, criterion),
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),
