@@ -6,7 +6,8 @@ the model. Refuses images that are not uint8 (normalisation happens inside) and 
 State-dict names (stable; `N` is the block):
     stem.proj.{weight,bias}   patches -> tokens; weight [D, 3 * P * P] in (channel, row, column) order
     stem.{conv,norm,proj}.*, stem.stages.I.{conv1,norm1,conv2,norm2,skip}.*   conv stem (batch norms)
-    pos_embed [1, rows * columns, D], cls_token [1, 1, D] (class-token pooling only)
+    pos_embed [1, rows * columns, D] (learned positions only), cls_token [1, 1, D] (class-token pooling only)
+    register_tokens [1, R, D] (where there are any)
     blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
     blocks.N.{attn.q_norm,attn.k_norm}.{weight,bias} (qk_norm), blocks.N.{ls1,ls2}.gamma (layer_scale_init)
     norm.{weight,bias}, head.weight [C, D], head.bias [C]
@@ -28,6 +29,7 @@ from Configuration_System import ModelSection
 from tagger.config_io import ConfigError
 from tagger.layers import NORM_EPS, Attention, DropPath, LayerScale, Mlp
 from tagger.registry import Registry
+from tagger.rotary import RotaryTable, Rotation
 from tagger.tokens import ConvStem, PatchStem, PositionResizer, content_mask, resize_position_embedding
 
 _LOGGER = logging.getLogger(__name__)
@@ -77,16 +79,20 @@ class VisionTransformerConfig:
     drop_path: float = 0.0
     dropout: float = 0.0
     mask_padding: bool = False
+    positions: Literal["learned", "rotary"] = "learned"
+    register_tokens: int = 0
     mean: Rgb = DEFAULT_MEAN
     std: Rgb = DEFAULT_STD
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_tags"):
+        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_tags", "register_tokens"):
             value: object = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{_setting(name)}={value!r} is not a whole number above 0; use 1 or more")
+            least = 0 if name == "register_tokens" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{_setting(name)}={value!r} is not a whole number, {least} or more")
         _check_choice("stem", self.stem, ("patch", "conv"))
         _check_choice("pooling", self.pooling, ("mean", "class_token"))
+        _check_choice("positions", self.positions, ("learned", "rotary"))
         for name in ("qk_norm", "mask_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not true or false; use one of the two")
@@ -101,6 +107,8 @@ class VisionTransformerConfig:
             )
         _check_multiple("data.image_size", self.image_size, "model.patch_size", self.patch_size)
         _check_multiple("model.embed_dim", self.embed_dim, "model.num_heads", self.num_heads)
+        if self.positions == "rotary":
+            _check_multiple("model.embed_dim", self.embed_dim, "4 x model.num_heads", 4 * self.num_heads)
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ConfigError(
                 f"model.patch_size={self.patch_size} is not a power of two, which model.stem=conv (it halves the image "
@@ -193,6 +201,8 @@ def resolve_model_config(
         drop_path=section.drop_path,
         dropout=section.dropout,
         mask_padding=section.mask_padding,
+        positions=section.positions,
+        register_tokens=section.register_tokens,
         mean=mean,
         std=std,
     )
@@ -224,9 +234,12 @@ class TransformerBlock(nn.Module):
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; `key_mask` bool [B, 1, 1, N], True where a token may be attended to."""
-        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens), key_mask)))
+    def forward(self, tokens: Tensor, key_mask: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; `key_mask` bool [B, 1, 1, N], True where a token may be attended to.
+
+        `rotation` turns queries and keys by their tokens' positions (`tagger.rotary`).
+        """
+        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens), key_mask, rotation)))
         out: Tensor = tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
         return out
 
@@ -234,8 +247,8 @@ class TransformerBlock(nn.Module):
 class SimplifiedTagger(nn.Module):
     """Vision Transformer: uint8 images [B, 3, H, W] -> logits [B, C].
 
-    H and W may be any multiples of `config.patch_size`; position embeddings are interpolated to grids other than the
-    one of `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
+    H and W may be any multiples of `config.patch_size`; positions are interpolated to grids other than the one of
+    `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
     """
 
     pixel_scale: Tensor
@@ -251,9 +264,10 @@ class SimplifiedTagger(nn.Module):
 
         stem = ConvStem if config.stem == "conv" else PatchStem
         self.stem = stem(config.patch_size, config.embed_dim)
-        self.pos_embed = nn.Parameter(torch.empty(1, config.grid_size**2, config.embed_dim))
-        with_class_token = config.pooling == "class_token"
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim)) if with_class_token else None
+        learned = config.positions == "learned"
+        self.pos_embed = self._extra_tokens(config.grid_size**2 if learned else 0)
+        self.cls_token = self._extra_tokens(1 if config.pooling == "class_token" else 0)
+        self.register_tokens = self._extra_tokens(config.register_tokens)
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -269,9 +283,15 @@ class SimplifiedTagger(nn.Module):
         )
         self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(config.embed_dim, config.num_tags)
+        self._num_prefix_tokens = config.register_tokens + (self.cls_token is not None)
         self._resize_positions = PositionResizer((config.grid_size, config.grid_size))
+        head_dim = config.embed_dim // config.num_heads
+        self._rotary = None if learned else RotaryTable(head_dim, self._num_prefix_tokens)
         self._init_weights()
         self.register_load_state_dict_pre_hook(_fit_position_embedding)  # type: ignore[no-untyped-call]
+
+    def _extra_tokens(self, count: int) -> nn.Parameter | None:
+        return nn.Parameter(torch.empty(1, count, self.config.embed_dim)) if count else None
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -280,9 +300,9 @@ class SimplifiedTagger(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for extra in (self.pos_embed, self.cls_token, self.register_tokens):
+            if extra is not None:
+                nn.init.trunc_normal_(extra, std=0.02)
 
     @torch.no_grad()
     def set_head_bias(self, tag_priors: Tensor) -> None:
@@ -338,22 +358,28 @@ class SimplifiedTagger(nn.Module):
             pixels = pixels * content_mask(valid_sizes, height, width)[:, None].to(pixels.dtype)
             token_mask = content_mask(valid_sizes, height, width, patch_size).flatten(1)
 
-        tokens = self.stem(pixels)
-        tokens = tokens + self._resize_positions(self.pos_embed, (height // patch_size, width // patch_size))
-        if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-        tokens = self.pos_drop(tokens)
+        return self._mix(self.stem(pixels), (height // patch_size, width // patch_size), token_mask)
+
+    def _mix(self, tokens: Tensor, grid: tuple[int, int], token_mask: Tensor | None) -> Tensor:
+        """Positions, extra tokens, blocks and pooling: patch tokens [B, rows * columns, D] -> features [B, D]."""
+        # The residual stream keeps the weights' dtype, whatever the stem gave under autocast.
+        tokens = tokens.to(self.pixel_scale.dtype)
+        if self.pos_embed is not None:
+            tokens = tokens + self._resize_positions(self.pos_embed, grid)
+        rotation = None if self._rotary is None else self._rotary(grid, self.pixel_scale)
+        prefix = [t.expand(tokens.shape[0], -1, -1) for t in (self.cls_token, self.register_tokens) if t is not None]
+        tokens = self.pos_drop(torch.cat([*prefix, tokens], dim=1) if prefix else tokens)
         key_mask = None
         if token_mask is not None:
-            attended = F.pad(token_mask, (1, 0), value=True) if self.cls_token is not None else token_mask
-            key_mask = attended[:, None, None, :]
+            key_mask = F.pad(token_mask, (self._num_prefix_tokens, 0), value=True)[:, None, None, :]
         for block in self.blocks:
-            tokens = block(tokens, key_mask)
+            tokens = block(tokens, key_mask, rotation)
         return self._pool(self.norm(tokens), token_mask)
 
     def _pool(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         if self.cls_token is not None:
             return tokens[:, 0]
+        tokens = tokens[:, self._num_prefix_tokens :]
         if token_mask is None:
             return tokens.mean(dim=1)
         weights = token_mask.to(tokens.dtype)[:, :, None]
@@ -367,8 +393,8 @@ class SimplifiedTagger(nn.Module):
 def _fit_position_embedding(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Load hook: position embeddings of another image size are resized to this model's."""
     assert isinstance(module, SimplifiedTagger)
-    saved = state_dict.get(f"{prefix}pos_embed")
-    if saved is None or saved.shape == module.pos_embed.shape or saved.shape[-1] != module.pos_embed.shape[-1]:
+    saved, own_embed = state_dict.get(f"{prefix}pos_embed"), module.pos_embed
+    if saved is None or own_embed is None or saved.shape == own_embed.shape or saved.shape[-1] != own_embed.shape[-1]:
         return  # nothing to do, or a mismatch for load_state_dict to report
     side, own = math.isqrt(saved.shape[1]), module.config.grid_size
     if side * side != saved.shape[1]:

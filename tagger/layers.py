@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tagger.rotary import Rotation, rotate
+
 NORM_EPS = 1e-6
 
 
@@ -23,12 +25,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, key_mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        # The norms give float32 under autocast; attention wants one dtype.
-        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        # Norms and turns give float32 under autocast; attention wants one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
         out: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
         return out
