@@ -194,6 +194,8 @@ class ModelSection(Section):
     drop_path: float = setting(0.0, BELOW_ONE)
     dropout: float = setting(0.0, BELOW_ONE)
     head_bias: Literal["log_prior", "zero"] = "log_prior"
+    positions: Literal["learned", "rotary"] = "learned"
+    register_tokens: int = setting(0, NOT_NEGATIVE)
     mask_padding: bool = False
 
     @property
