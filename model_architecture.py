@@ -29,8 +29,15 @@ from Configuration_System import ModelSection
 from tagger.config_io import ConfigError
 from tagger.layers import NORM_EPS, Attention, DropPath, LayerScale, Mlp
 from tagger.registry import Registry
-from tagger.rotary import RotaryTable, Rotation
-from tagger.tokens import ConvStem, PatchStem, PositionResizer, content_mask, resize_position_embedding
+from tagger.rotary import RotaryTable, Rotation, rotation_of
+from tagger.tokens import (
+    ConvStem,
+    PatchStem,
+    PositionResizer,
+    content_mask,
+    draw_kept_tokens,
+    resize_position_embedding,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -78,6 +85,7 @@ class VisionTransformerConfig:
     layer_scale_init: float | None = None
     drop_path: float = 0.0
     dropout: float = 0.0
+    patch_dropout: float = 0.0
     mask_padding: bool = False
     positions: Literal["learned", "rotary"] = "learned"
     register_tokens: int = 0
@@ -96,7 +104,7 @@ class VisionTransformerConfig:
         for name in ("qk_norm", "mask_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not true or false; use one of the two")
-        for name in ("drop_path", "dropout"):
+        for name in ("drop_path", "dropout", "patch_dropout"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not in 0 <= x < 1; 0 turns it off")
         if not (_is_number(self.mlp_ratio) and int(self.embed_dim * self.mlp_ratio) >= 1):
@@ -200,6 +208,7 @@ def resolve_model_config(
         layer_scale_init=section.layer_scale_init,
         drop_path=section.drop_path,
         dropout=section.dropout,
+        patch_dropout=section.patch_dropout,
         mask_padding=section.mask_padding,
         positions=section.positions,
         register_tokens=section.register_tokens,
@@ -249,6 +258,7 @@ class SimplifiedTagger(nn.Module):
 
     H and W may be any multiples of `config.patch_size`; positions are interpolated to grids other than the one of
     `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
+    In training, `patch_dropout` (a share of the patch tokens, 0 <= x < 1) may be set anew between steps.
     """
 
     pixel_scale: Tensor
@@ -257,6 +267,7 @@ class SimplifiedTagger(nn.Module):
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.patch_dropout = config.patch_dropout
         # (x / 255 - mean) / std as one multiply-add; no state, since the config holds mean and std.
         std = torch.tensor(config.std).reshape(3, 1, 1)
         self.register_buffer("pixel_scale", 1.0 / (255.0 * std), persistent=False)
@@ -336,29 +347,37 @@ class SimplifiedTagger(nn.Module):
                 f"images are {str(images.dtype).removeprefix('torch.')}; expected uint8, 0..255 (the model normalises "
                 "them itself)"
             )
-        return self.encode(self.normalise(images), valid_sizes)
+        masked = self.config.mask_padding and valid_sizes is not None  # a mask acts on normalised pixels
+        if masked or isinstance(self.stem, ConvStem):
+            return self.encode(self.normalise(images), valid_sizes)
+        grid = self._grid(images)
+        return self._mix(self.stem(images, (self.pixel_scale, self.pixel_shift)), grid, None)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Pixels 0..255 of any dtype -> what the stem takes. For exports whose input is float; else use `forward`."""
-        patch_size = self.config.patch_size
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch_size or images.shape[3] % patch_size:
-            raise ValueError(
-                f"images have shape {list(images.shape)}; expected [B, 3, H, W] with H and W multiples of "
-                f"model.patch_size={patch_size}"
-            )
+        """Pixels 0..255 of any dtype -> what `encode` takes. For exports whose input is float; else use `forward`."""
+        self._grid(images)
         return images.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
 
     def encode(self, pixels: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
         """Pooled features [B, D] of pixels [B, 3, H, W] from `normalise`."""
-        patch_size = self.config.patch_size
-        height, width = pixels.shape[2], pixels.shape[3]
+        grid = self._grid(pixels)
         token_mask = None
-        if self.config.mask_padding and valid_sizes is not None:
+        if valid_sizes is not None and self.config.mask_padding:
+            height, width = pixels.shape[2], pixels.shape[3]
             # Zero is the mean colour. Without this the edge tokens, half content and half padding, would see it.
             pixels = pixels * content_mask(valid_sizes, height, width)[:, None].to(pixels.dtype)
-            token_mask = content_mask(valid_sizes, height, width, patch_size).flatten(1)
+            token_mask = content_mask(valid_sizes, height, width, self.config.patch_size).flatten(1)
+        return self._mix(self.stem(pixels), grid, token_mask)
 
-        return self._mix(self.stem(pixels), (height // patch_size, width // patch_size), token_mask)
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % side or images.shape[3] % side:
+            raise ValueError(
+                f"images have shape {list(images.shape)}; expected [B, 3, H, W] with H and W multiples of "
+                f"model.patch_size={side}"
+            )
+        return images.shape[2] // side, images.shape[3] // side
 
     def _mix(self, tokens: Tensor, grid: tuple[int, int], token_mask: Tensor | None) -> Tensor:
         """Positions, extra tokens, blocks and pooling: patch tokens [B, rows * columns, D] -> features [B, D]."""
@@ -367,6 +386,11 @@ class SimplifiedTagger(nn.Module):
         if self.pos_embed is not None:
             tokens = tokens + self._resize_positions(self.pos_embed, grid)
         rotation = None if self._rotary is None else self._rotary(grid, self.pixel_scale)
+        if self.training and self.patch_dropout > 0:
+            kept = draw_kept_tokens(tokens, self.patch_dropout, token_mask)
+            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+            token_mask = None if token_mask is None else token_mask.gather(1, kept)
+            rotation = None if rotation is None else rotation_of(rotation, kept, self._num_prefix_tokens)
         prefix = [t.expand(tokens.shape[0], -1, -1) for t in (self.cls_token, self.register_tokens) if t is not None]
         tokens = self.pos_drop(torch.cat([*prefix, tokens], dim=1) if prefix else tokens)
         key_mask = None

@@ -22,6 +22,14 @@ def rotate(vectors: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
+def rotation_of(rotation: Rotation, kept: Tensor, num_prefix_tokens: int) -> Rotation:
+    """The table's rows for the prefix and the patch tokens `kept` [B, K] of each image: [B, 1, prefix + K, ...]."""
+    prefix = torch.arange(num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
+    rows = torch.cat([prefix, kept + num_prefix_tokens], dim=1)
+    cosine, sine = rotation
+    return cosine[rows][:, None], sine[rows][:, None]
+
+
 class RotaryTable:
     """The angles of every token of a grid, worked out once for each grid and kept.
 

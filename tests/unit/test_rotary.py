@@ -1,4 +1,4 @@
-"""Rotary positions and register tokens: the formula, what stays the same when a picture moves or grows, a model's use."""
+"""Rotary positions and register tokens: the formula, what holds when a picture moves or grows, a model's use."""
 
 import json
 import math
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model_architecture import SimplifiedTagger, VisionTransformerConfig
 from tagger.config_io import ConfigError
+from tagger.errors import InputError
+from tagger.module_state import check_weights, named_tensors
 from tagger.rotary import RotaryTable, rotate
 
 
@@ -81,7 +83,7 @@ def test_a_rotary_model_sees_where_patches_lie(pooling: str) -> None:
     swapped = torch.cat([images[..., 8:16], images[..., :8], images[..., 16:]], dim=-1)
     with torch.no_grad():
         assert (model(images) - model(swapped)).abs().max() > 1e-3
-        model._rotary._angles = lambda grid: torch.zeros(16 + (pooling == "class_token"), 4)  # type: ignore[union-attr,method-assign]
+        model._rotary._angles = lambda _grid: torch.zeros(16 + (pooling == "class_token"), 4)  # type: ignore[union-attr,method-assign]
         model._rotary._kept.clear()  # type: ignore[union-attr]
         torch.testing.assert_close(model(images), model(swapped), rtol=1e-4, atol=1e-4)
 
@@ -93,6 +95,15 @@ def test_rotary_models_save_no_positions_and_load_at_any_image_size() -> None:
     larger.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(larger(_images(2, 64, 64)), model(_images(2, 64, 64)))
+
+
+def test_weights_with_learned_positions_are_refused_by_a_rotary_model_and_the_other_way_round() -> None:
+    rotary, learned = (named_tensors(_model(positions=kind)) for kind in ("rotary", "learned"))
+    check_weights(learned, named_tensors(_model(positions="learned", image_size=64)), "the weights")
+    with pytest.raises(InputError, match="pos_embed is unknown here"):
+        check_weights(rotary, learned, "the weights")
+    with pytest.raises(InputError, match="pos_embed is missing"):
+        check_weights(learned, rotary, "the weights")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])
@@ -110,7 +121,7 @@ def test_register_tokens_change_logits_and_learn(pooling: str) -> None:
 def test_registers_stay_out_of_the_mean() -> None:
     model = _model(register_tokens=2, depth=1)
     seen: list[Tensor] = []
-    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.no_grad():
         features = model.forward_features(_images(2))
     assert seen[0].shape[1] == 2 + 16
@@ -143,7 +154,7 @@ def test_rotary_blocks_compile_without_graph_breaks() -> None:
 def test_bf16_autocast_stays_close_and_keeps_the_residual_stream_in_float32() -> None:
     model, images = _model(register_tokens=1), _images(4)
     seen: list[Tensor] = []
-    model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         exact = model(images)
         with torch.autocast("cpu", dtype=torch.bfloat16):
