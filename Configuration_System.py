@@ -194,7 +194,10 @@ class ModelSection(Section):
     layer_scale_init: float | None = setting(None, POSITIVE)
     drop_path: float = setting(0.0, BELOW_ONE)
     dropout: float = setting(0.0, BELOW_ONE)
+    patch_dropout: float = setting(0.0, BELOW_ONE)
     head_bias: Literal["log_prior", "zero"] = "log_prior"
+    positions: Literal["learned", "rotary"] = "learned"
+    register_tokens: int = setting(0, NOT_NEGATIVE)
     mask_padding: bool = False
 
     @property
