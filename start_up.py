@@ -5,7 +5,7 @@ Refuses, with InputError, what cannot be trained as asked, before anything is wr
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from tagger.boundary import StepBoundary
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.phases import PhasePlan
-from tagger.data.windows import Feed
+from tagger.data.windows import Feed, Left
 from tagger.data.yardstick import yardstick_sha256
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
@@ -154,11 +154,16 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         config.checkpoint.on_schedule_change,
     )
     state.extra["course"] = asdict(course)
+    for line in describe_phases(phases, feed, remaining) if len(phases) > 1 else ():
+        logger.info("%s", line)
     manager.before_write = folder.require_ours
     guard, meter = UpdateGuard(device), TrainingMeter()
     if resumed:
         guard.load_state_dict(saved["guard"])
         meter.load_state_dict(saved["meter"], device)
+        before, now = saved.get("image_size"), phases[feed.plan.phase_at(state.epoch, state.position)].image_size
+        if before not in (None, now):
+            logger.warning("this place in the run was in the phase of %d px and is in that of %d px now", before, now)
         if not left:
             nothing_left(training.num_epochs, state, yardstick)
     manager.reserve(state)
@@ -217,7 +222,7 @@ def resolve_phases(config: FullConfig) -> tuple[Phase, ...]:
             1.0 - before if section.share is None or number == len(sections) else section.share,
             section.batch_size or pixels // section.image_size**2,
             section.learning_rate_factor,
-            section.patch_dropout or 0.0,
+            config.model.patch_dropout if section.patch_dropout is None else section.patch_dropout,
             section.augment or config.augment,
         )
         for number, section in enumerate(sections, 1)
@@ -240,6 +245,16 @@ def open_phases(config: FullConfig, train_loader: DataLoader) -> tuple[tuple[Pha
     orders = [loader.order for loader in loaders]
     plan = PhasePlan.create([phase.share for phase in phases], config.training.num_epochs, orders)
     return phases, Feed(loaders, plan, config.training.accumulation_steps)
+
+
+def describe_phases(phases: Sequence[Phase], feed: Feed, left: Left) -> Iterator[str]:
+    """Each phase for people: its images, and what is left of it."""
+    for number, (phase, start) in enumerate(zip(phases, feed.plan.starts, strict=True)):
+        epochs = start / feed.plan.images_an_epoch
+        yield (
+            f"phase {number + 1} of {len(phases)}: {phase.image_size} px in batches of {phase.batch_size}, from "
+            f"{epochs:.4g} epochs on; {left.updates[number]} updates to come"
+        )
 
 
 def create_augment(section: AugmentSection, background: Sequence[int]) -> BatchAugment:

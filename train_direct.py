@@ -48,6 +48,7 @@ RESUME_HELP = "go on with the run of the same name, which must exist; auto: or s
 def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     """One update: loss summed over the window's images, gradient norm, whether it was left out; device scalars."""
     config, state, phase = parts.config, parts.state, parts.phases[window.phase]
+    parts.model.patch_dropout = phase.patch_dropout
     total = torch.zeros((), device=parts.device)
     for host in window.batches:
         keys = mix(config.training.seed, window.epoch, host.row_ids.numpy())
@@ -164,6 +165,7 @@ def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = Fal
     """A checkpoint of the last step boundary, and `results.json` of the same moment."""
     state = parts.state
     parts.folder.require_ours()
+    state.extra["image_size"] = parts.phases[parts.feed.plan.phase_at(state.epoch, state.position)].image_size
     state.extra["meter"], state.extra["guard"] = parts.meter.state_dict(), parts.guard.state_dict()
     parts.manager.save(state, evaluation.scalars if evaluation else None, wait=wait)
     write_results(parts, Ending("running"))
