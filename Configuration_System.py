@@ -22,6 +22,7 @@ from tagger.config_checks import (
     Section,
     existing_files,
     existing_folder,
+    phase_settings,
     require,
     setting,
     split_settings,
@@ -193,7 +194,10 @@ class ModelSection(Section):
     layer_scale_init: float | None = setting(None, POSITIVE)
     drop_path: float = setting(0.0, BELOW_ONE)
     dropout: float = setting(0.0, BELOW_ONE)
+    patch_dropout: float = setting(0.0, BELOW_ONE)
     head_bias: Literal["log_prior", "zero"] = "log_prior"
+    positions: Literal["learned", "rotary"] = "learned"
+    register_tokens: int = setting(0, NOT_NEGATIVE)
     mask_padding: bool = False
 
     @property
@@ -253,6 +257,18 @@ class SchedulerSection(Section):
 
 
 @dataclass
+class PhaseSection(Section):
+    """A part of the run at an image size of its own; null: as the recipe has it, but batches of as many tokens."""
+
+    image_size: int = field(metadata={"range": POSITIVE})
+    share: float | None = setting(None, SHARE)
+    batch_size: int | None = setting(None, POSITIVE)
+    learning_rate_factor: float = setting(1.0, POSITIVE)
+    patch_dropout: float | None = setting(None, BELOW_ONE)
+    augment: AugmentSection | None = None
+
+
+@dataclass
 class TrainingSection(Section):
     """The loop."""
 
@@ -267,6 +283,7 @@ class TrainingSection(Section):
     ema_decay: float | None = setting(0.999, SHARE.with_remedy("try 0.999, or null to turn it off"))
     early_stopping_patience: int | None = setting(None, POSITIVE)
     early_stopping_min_delta: float = setting(0.0, NOT_NEGATIVE)
+    phases: list[PhaseSection] = field(default_factory=list)
 
 
 @dataclass
@@ -347,6 +364,12 @@ class FullConfig:
             f"training.early_stopping_patience={self.training.early_stopping_patience} never acts within "
             f"training.num_epochs={self.training.num_epochs}",
             "lower it, or set it to null",
+        )
+        phase_settings(
+            [(phase.image_size, phase.share) for phase in self.training.phases],
+            self.data.image_size,
+            self.model.resolved_patch_size,
+            buckets=self.data.fit == "buckets",
         )
 
 

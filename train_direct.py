@@ -47,18 +47,19 @@ RESUME_HELP = "go on with the run of the same name, which must exist; auto: or s
 
 def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     """One update: loss summed over the window's images, gradient norm, whether it was left out; device scalars."""
-    config, state = parts.config, parts.state
+    config, state, phase = parts.config, parts.state, parts.phases[window.phase]
+    parts.model.patch_dropout = phase.patch_dropout
     total = torch.zeros((), device=parts.device)
     for host in window.batches:
         keys = mix(config.training.seed, window.epoch, host.row_ids.numpy())
         batch = host.to(parts.device, non_blocking=True)
-        images = parts.augment(batch.images, keys)
+        images = parts.augments[window.phase](batch.images, keys)
         with state.precision.autocast():
             loss = parts.objective(images, batch.valid_sizes, batch.tag_indices, batch.tag_offsets)
         # Divided by the window's own images, so that a short last window weighs each image as much as any other.
         state.precision.backward(loss / window.num_images)
         total += loss.detach()
-    apply(parts.schedule, state.optimizer, state.step)
+    apply(parts.schedule, state.optimizer, state.step, phase.learning_rate_factor)
     parts.boundary.begin_update()
     clip = config.training.clip_grad_norm
     grad_norm, left_out = state.precision.step(state.optimizer, parts.parameters, clip, total)
@@ -117,10 +118,7 @@ def close_epoch(parts: Parts, epoch: int) -> tuple[Evaluation | None, bool]:
 def train(parts: Parts) -> None:
     """The loop: fetch, step, then perhaps log, validate, save, stop."""
     config, state, monitor = parts.config, parts.state, parts.monitor
-    training = config.training
-    feed = accumulation_windows(
-        parts.train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps
-    )
+    windows = accumulation_windows(parts.feed, state.position, state.epoch)
     started = time.perf_counter() - state.seconds
     stopping = state.early_stopping is not None and state.early_stopping.exhausted
     if "owed_validation" in state.extra:
@@ -129,7 +127,7 @@ def train(parts: Parts) -> None:
         save(parts, made_up_for)
     while state.step < parts.total_steps and not stopping:
         asked = time.perf_counter()
-        window = next(feed)
+        window = next(windows)
         waited_s = time.perf_counter() - asked
 
         loss, grad_norm, left_out = train_step(parts, window)
@@ -143,8 +141,10 @@ def train(parts: Parts) -> None:
         parts.guard.add(state.step, left_out, [batch.row_ids for batch in window.batches])
 
         if due(state.step, config.monitor.log_every_steps):
-            learning_rate = config.optimizer.learning_rate * parts.schedule.factor(state.step - 1)
-            scalars = parts.meter.read(learning_rate, state.precision.nonfinite_steps)
+            phase = parts.phases[window.phase]
+            factor = parts.schedule.factor(state.step - 1) * phase.learning_rate_factor
+            scalars = parts.meter.read(config.optimizer.learning_rate * factor, state.precision.nonfinite_steps)
+            scalars["train/image_size"] = phase.image_size
             scalars["train/checkpoint_lag_seconds"] = parts.manager.lag_s()
             monitor.log(scalars, state.step, window.epoch)
         for failure in parts.manager.poll():
@@ -165,6 +165,7 @@ def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = Fal
     """A checkpoint of the last step boundary, and `results.json` of the same moment."""
     state = parts.state
     parts.folder.require_ours()
+    state.extra["image_size"] = parts.phases[parts.feed.plan.phase_at(state.epoch, state.position)].image_size
     state.extra["meter"], state.extra["guard"] = parts.meter.state_dict(), parts.guard.state_dict()
     parts.manager.save(state, evaluation.scalars if evaluation else None, wait=wait)
     write_results(parts, Ending("running"))

@@ -59,7 +59,7 @@ from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.metrics.keys import logit_of
 from tagger.metrics.thresholds import Decisions, TagThresholds, ThresholdGoal, decide, fit_thresholds
-from tagger.module_state import check_tensors, load_tensors, named_tensors
+from tagger.module_state import check_weights, load_tensors, named_tensors
 from tagger.ontology import relate
 from tagger.output import reader_may_leave
 from tagger.report.collect import ReportCollector
@@ -285,9 +285,7 @@ def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:
 
 def put_weights(model: SimplifiedTagger, weights: NamedWeights, config: FullConfig, device: torch.device) -> nn.Module:
     """The model on its device with these weights, compiled as in training. Raises InputError where they do not fit."""
-    # Position embeddings of another image size are resized as they are loaded.
-    current, saved = ({k: v for k, v in t.items() if k != "pos_embed"} for t in (named_tensors(model), weights.tensors))
-    check_tensors(current, saved, weights.name)
+    check_weights(named_tensors(model), weights.tensors, weights.name)
     model.load_state_dict(weights.tensors)
     model.to(device)
     compile_model(model, config.training.compile, device)
