@@ -148,8 +148,9 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     if train_loader.dataset.ontology is not None:
         train_loader.dataset.ontology.save(folder.ontology_path)
     vocabulary.save(folder.vocabulary_path)
-    compile_model(model, training.compile, device)
     criterion = build_criterion(config, vocabulary).to(device)
+    if compile_model(model, training.compile, device):
+        criterion.use_compiled()
     red, green, blue = config.data.background
     operations = {name: op and Op(op.probability, op.strength) for name, op in vars(config.augment).items()}
     return Parts(
