@@ -206,7 +206,9 @@ class AsymmetricFocalLoss(TagLoss):
         _check_gamma(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
         if not (clip == 0 or _SMALLEST_MARGIN <= clip < 1):
             raise ValueError(f"clip={clip} is not 0 or {_SMALLEST_MARGIN:g}..1; 0 turns the margin off, 0.05 is usual")
-        super().__init__(CostRule(FocalCost(gamma_pos), FocalCost(gamma_neg, margin=clip)), tag_weights, ignored_tags, reduction)
+        super().__init__(
+            CostRule(FocalCost(gamma_pos), FocalCost(gamma_neg, margin=clip)), tag_weights, ignored_tags, reduction
+        )
 
 
 class FocalLoss(TagLoss):
