@@ -173,8 +173,9 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     if train_loader.dataset.ontology is not None:
         train_loader.dataset.ontology.save(folder.ontology_path)
     vocabulary.save(folder.vocabulary_path)
-    compile_model(model, training.compile, device)
     criterion = build_criterion(config, vocabulary).to(device)
+    if compile_model(model, training.compile, device):
+        criterion.use_compiled()
     return Parts(
         config=config,
         folder=folder,
