@@ -254,7 +254,7 @@ class LossSection:
 class OptimizerSection:
     """How weights move. `muon`: Muon for the blocks' matrices and the stem's kernels, AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3
     muon_learning_rate: float = 0.02
     weight_decay: float = 0.05
