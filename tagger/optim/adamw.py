@@ -6,6 +6,10 @@ from torch import Tensor
 from tagger.optim.skipping import Group
 
 
+# Where the fused form honours `grad_scale` and `found_inf`.
+FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, in its fused form where that honours `grad_scale` and `found_inf` (CPU and CUDA)."""
 
@@ -22,7 +26,7 @@ class AdamW(torch.optim.AdamW):
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            fused=True if devices <= {"cpu", "cuda"} else None,
+            fused=True if devices <= FUSED_DEVICES else None,
         )
 
     @property
