@@ -14,14 +14,16 @@ from typing import Literal
 
 from tagger.command import command
 from tagger.config_checks import (
-    below_one,
+    BELOW_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Section,
     existing_files,
     existing_folder,
-    fraction,
-    not_negative,
-    positive,
     require,
-    share,
+    setting,
     split_settings,
     threshold_goal,
     whole_patches,
@@ -43,13 +45,14 @@ PRESET_PATCH_SIZE = 16  # of every preset; the model's own table is held against
 
 
 @dataclass
-class RunSection:
+class RunSection(Section):
     """Where a run lives: `<output_dir>/<name>/`."""
 
     output_dir: str = "runs"
     name: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.output_dir), "run.output_dir is empty", "name a folder, e.g. runs")
         if self.name is not None:
             bad = not self.name or self.name in {".", ".."} or any(c in self.name for c in '/\\:*?"<>|')
@@ -63,7 +66,7 @@ class RunSection:
 
 
 @dataclass
-class DataSection:
+class DataSection(Section):
     """Images, their sidecars and how they are prepared."""
 
     roots: list[str] = field(default_factory=list)
@@ -74,38 +77,30 @@ class DataSection:
     cache_dir: str | None = None
     val_list: str | None = None
     split_key: Literal["name", "path"] = "name"
-    val_fraction: float = 0.05
+    val_fraction: float = setting(0.05, SHARE.with_remedy("try 0.05"))
     calib_fraction: float = 0.0
     test_fraction: float = 0.0
     group_near_duplicates: bool = False
     near_duplicate_bits: int = 3
     stratified_split: bool = False
-    image_size: int = 224
+    image_size: int = setting(224, POSITIVE)
     fit: Literal["letterbox", "buckets"] = "letterbox"
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
-    max_megapixels: float = 200.0
+    max_megapixels: float = setting(200.0, POSITIVE)
     decode_scaling: Literal["safe", "tight", "off"] = "safe"
     partial_images: bool = False
-    max_refused_fraction: float = 0.001
-    num_processes: int | None = None
-    num_threads: int | None = None
-    prefetch_batches: int = 4
+    max_refused_fraction: float = setting(0.001, FRACTION)
+    num_processes: int | None = setting(None, NOT_NEGATIVE)
+    num_threads: int | None = setting(None, POSITIVE)
+    prefetch_batches: int = setting(4, POSITIVE)
     sampling: Literal["uniform", "weighted", "class_aware"] = "uniform"
-    sampling_power: float = 0.5
+    sampling_power: float = setting(0.5, NOT_NEGATIVE)
     sampling_cap: float = 10.0
 
     def __post_init__(self) -> None:
-        positive(
-            "data",
-            image_size=self.image_size,
-            max_megapixels=self.max_megapixels,
-            num_threads=self.num_threads,
-            prefetch_batches=self.prefetch_batches,
-        )
-        not_negative("data", num_processes=self.num_processes, sampling_power=self.sampling_power)
+        super().__post_init__()
         cap = self.sampling_cap
         require(1 <= cap < math.inf, f"data.sampling_cap={cap} is below 1 or not finite", "10: at most 10 times")
-        share("data", "try 0.05", val_fraction=self.val_fraction)
         split_settings(
             self.val_fraction,
             self.calib_fraction,
@@ -119,7 +114,6 @@ class DataSection:
             f"data.annotations={self.annotations} describes one image folder and data.roots names {len(self.roots)}",
             "give one folder, or set data.annotations=null to read sidecars",
         )
-        fraction("data", max_refused_fraction=self.max_refused_fraction)
         bits = self.near_duplicate_bits
         require(
             0 <= bits <= 8, f"data.near_duplicate_bits={bits} is not 0 to 8", "3 finds resized and recompressed copies"
@@ -132,32 +126,26 @@ class DataSection:
 
 
 @dataclass
-class VocabularySection:
+class VocabularySection(Section):
     """Which tags the model learns."""
 
     file: str | None = None
-    min_frequency: int = 50
+    min_frequency: int = setting(50, POSITIVE)
     ignore_file: str | None = None
     categories_file: str | None = None
     ontology_file: str | None = None
     ratings: Literal["tags", "ignore"] = "tags"
 
-    def __post_init__(self) -> None:
-        positive("vocabulary", min_frequency=self.min_frequency)
-
 
 @dataclass
-class OrientationSection:
+class OrientationSection(Section):
     """When an image may be mirrored, and how its tags follow."""
 
-    mirror_probability: float = 0.5
+    mirror_probability: float = setting(0.5, FRACTION)
     map_path: str | None = "configs/orientation_map.json"
     mode: Literal["conservative", "balanced", "permissive"] = "conservative"
     never_flip_file: str | None = None
     force_flip_file: str | None = None
-
-    def __post_init__(self) -> None:
-        fraction("orientation", mirror_probability=self.mirror_probability)
 
 
 @dataclass
@@ -184,27 +172,27 @@ class AugmentSection:
     def __post_init__(self) -> None:
         for name, operation in vars(self).items():
             if operation is not None:
-                fraction(f"augment.{name}", probability=operation.probability)
-                not_negative(f"augment.{name}", strength=operation.strength)
+                FRACTION.check(f"augment.{name}.probability", operation.probability)
+                NOT_NEGATIVE.check(f"augment.{name}.strength", operation.strength)
 
 
 @dataclass
-class ModelSection:
+class ModelSection(Section):
     """The network: a preset, and what differs from it (null keeps the preset's value)."""
 
     name: Literal["vit"] = "vit"
     preset: Literal["vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_small"
-    patch_size: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
+    patch_size: int | None = setting(None, POSITIVE)
+    embed_dim: int | None = setting(None, POSITIVE)
+    depth: int | None = setting(None, POSITIVE)
+    num_heads: int | None = setting(None, POSITIVE)
+    mlp_ratio: float | None = setting(None, POSITIVE)
     stem: Literal["patch", "conv"] = "patch"
     pooling: Literal["mean", "class_token"] = "mean"
     qk_norm: bool = False
-    layer_scale_init: float | None = None
-    drop_path: float = 0.0
-    dropout: float = 0.0
+    layer_scale_init: float | None = setting(None, POSITIVE)
+    drop_path: float = setting(0.0, BELOW_ONE)
+    dropout: float = setting(0.0, BELOW_ONE)
     head_bias: Literal["log_prior", "zero"] = "log_prior"
     mask_padding: bool = False
 
@@ -213,59 +201,40 @@ class ModelSection:
         """Pixels a token covers, each way."""
         return self.patch_size or PRESET_PATCH_SIZE
 
-    def __post_init__(self) -> None:
-        positive(
-            "model",
-            patch_size=self.patch_size,
-            embed_dim=self.embed_dim,
-            depth=self.depth,
-            num_heads=self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            layer_scale_init=self.layer_scale_init,
-        )
-        below_one("model", "0 turns it off", drop_path=self.drop_path, dropout=self.dropout)
-
 
 @dataclass
-class LossSection:
+class LossSection(Section):
     """What is minimised: a sum over tags, averaged over images."""
 
     name: Literal["asymmetric_focal", "focal", "binary_cross_entropy"] = "asymmetric_focal"
-    gamma_neg: float = 4.0
-    gamma_pos: float = 0.0
+    gamma_neg: float = setting(4.0, NOT_NEGATIVE)
+    gamma_pos: float = setting(0.0, NOT_NEGATIVE)
     clip: float = 0.05
-    rating_weight: float | None = None
-    tag_weight_power: float = 0.0
+    rating_weight: float | None = setting(None, NOT_NEGATIVE)
+    tag_weight_power: float = setting(0.0, NOT_NEGATIVE)
     ignored_tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        not_negative(
-            "loss",
-            gamma_neg=self.gamma_neg,
-            gamma_pos=self.gamma_pos,
-            rating_weight=self.rating_weight,
-            tag_weight_power=self.tag_weight_power,
-        )
+        super().__post_init__()
         good = self.clip == 0 or 1e-30 <= self.clip < 1
         require(good, f"loss.clip={self.clip} is not 0 or 1e-30..1", "0 turns the margin off, 0.05 is usual")
 
 
 @dataclass
-class OptimizerSection:
+class OptimizerSection(Section):
     """How weights move. `muon`: Muon for the blocks' matrices and the stem's kernels, AdamW for the rest."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.02
-    weight_decay: float = 0.05
+    learning_rate: float = setting(1e-3, POSITIVE)
+    muon_learning_rate: float = setting(0.02, POSITIVE)
+    base_batch_size: int | None = setting(None, POSITIVE)
+    layer_decay: float | None = setting(None, SHARE.with_remedy("0.75 is usual, null turns it off"))
+    weight_decay: float = setting(0.05, NOT_NEGATIVE)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    eps: float = setting(1e-8, POSITIVE)
 
     def __post_init__(self) -> None:
-        positive(
-            "optimizer", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate, eps=self.eps
-        )
-        not_negative("optimizer", weight_decay=self.weight_decay)
+        super().__post_init__()
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optimizer.betas={self.betas} is not two numbers in 0 <= x < 1",
@@ -274,106 +243,79 @@ class OptimizerSection:
 
 
 @dataclass
-class SchedulerSection:
+class SchedulerSection(Section):
     """Learning rate as a function of the step; shares are of all steps of the run (or of a cycle)."""
 
     name: Literal["linear_warmup_cosine", "cosine_restarts"] = "linear_warmup_cosine"
-    warmup_fraction: float = 0.05
-    min_lr_ratio: float = 0.01
-    num_cycles: int = 3
-    cycle_multiplier: float = 1.0
-    cycle_decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        fraction("scheduler", min_lr_ratio=self.min_lr_ratio, cycle_decay=self.cycle_decay)
-        below_one("scheduler", "try 0.05", warmup_fraction=self.warmup_fraction)
-        positive("scheduler", num_cycles=self.num_cycles, cycle_multiplier=self.cycle_multiplier)
+    warmup_fraction: float = setting(0.05, BELOW_ONE.with_remedy("try 0.05"))
+    min_lr_ratio: float = setting(0.01, FRACTION)
+    num_cycles: int = setting(3, POSITIVE)
+    cycle_multiplier: float = setting(1.0, POSITIVE)
+    cycle_decay: float = setting(1.0, FRACTION)
 
 
 @dataclass
-class TrainingSection:
+class TrainingSection(Section):
     """The loop."""
 
-    num_epochs: int = 30
-    batch_size: int = 64
-    accumulation_steps: int = 1
+    num_epochs: int = setting(30, POSITIVE)
+    batch_size: int = setting(64, POSITIVE)
+    accumulation_steps: int = setting(1, POSITIVE)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    seed: int = 42
+    seed: int = setting(42, NOT_NEGATIVE)
     mixed_precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    clip_grad_norm: float | None = 1.0
-    ema_decay: float | None = 0.999
-    early_stopping_patience: int | None = None
-    early_stopping_min_delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        positive(
-            "training",
-            num_epochs=self.num_epochs,
-            batch_size=self.batch_size,
-            accumulation_steps=self.accumulation_steps,
-            clip_grad_norm=self.clip_grad_norm,
-            early_stopping_patience=self.early_stopping_patience,
-        )
-        not_negative("training", seed=self.seed, early_stopping_min_delta=self.early_stopping_min_delta)
-        share("training", "try 0.999, or null to turn it off", ema_decay=self.ema_decay)
+    clip_grad_norm: float | None = setting(1.0, POSITIVE)
+    ema_decay: float | None = setting(0.999, SHARE.with_remedy("try 0.999, or null to turn it off"))
+    early_stopping_patience: int | None = setting(None, POSITIVE)
+    early_stopping_min_delta: float = setting(0.0, NOT_NEGATIVE)
 
 
 @dataclass
-class ValidationSection:
+class ValidationSection(Section):
     """The held-out check after epochs."""
 
-    every_epochs: int = 1
-    batch_size: int | None = None
-    threshold: float = 0.5
+    every_epochs: int = setting(1, POSITIVE)
+    batch_size: int | None = setting(None, POSITIVE)
+    threshold: float = setting(0.5, SHARE.with_remedy("try 0.5"))
     threshold_objective: Literal["f1", "equal", "precision", "tags_per_image"] = "f1"
     threshold_precision: float = 0.9
-    threshold_tags_per_image: float | None = None
+    threshold_tags_per_image: float | None = setting(None, POSITIVE)
+    online_weights: bool = False
 
     def __post_init__(self) -> None:
-        positive("validation", every_epochs=self.every_epochs, batch_size=self.batch_size)
-        share("validation", "try 0.5", threshold=self.threshold)
+        super().__post_init__()
         threshold_goal(self.threshold_objective, self.threshold_precision, self.threshold_tags_per_image)
 
 
 @dataclass
-class CheckpointSection:
+class CheckpointSection(Section):
     """What is kept of a run and where it starts."""
 
-    every_steps: int = 1000
-    every_minutes: float | None = 15.0
-    keep_last: int = 3
-    keep_every: int | None = None
+    every_steps: int = setting(1000, POSITIVE)
+    every_minutes: float | None = setting(15.0, POSITIVE)
+    keep_last: int = setting(3, POSITIVE)
+    keep_every: int | None = setting(None, POSITIVE)
     best_metric: Literal["val/mAP", "val/f1_macro", "val/f1_micro", "val/loss"] = "val/mAP"
     resume: str = "none"
     init_from: str | None = None
     on_schedule_change: Literal["error", "rescale", "keep"] = "rescale"
 
     def __post_init__(self) -> None:
-        positive(
-            "checkpoint",
-            every_steps=self.every_steps,
-            every_minutes=self.every_minutes,
-            keep_last=self.keep_last,
-            keep_every=self.keep_every,
-        )
+        super().__post_init__()
         require(bool(self.resume), "checkpoint.resume is empty", "use latest, best, auto, none or a checkpoint's path")
 
 
 @dataclass
-class MonitorSection:
+class MonitorSection(Section):
     """Where numbers go."""
 
-    log_every_steps: int = 20
+    log_every_steps: int = setting(20, POSITIVE)
     tensorboard: bool = True
-    sample_images: int = 8
+    sample_images: int = setting(8, NOT_NEGATIVE)
     wandb: bool = False
     wandb_project: str = "tagsmith"
     wandb_mode: Literal["online", "offline"] = "offline"
-
-    def __post_init__(self) -> None:
-        positive("monitor", log_every_steps=self.log_every_steps)
-        not_negative("monitor", sample_images=self.sample_images)
 
 
 @dataclass

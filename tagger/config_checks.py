@@ -4,7 +4,10 @@ Each raises ConfigError with one line: what was found, and what to do.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from tagger.config_io import ConfigError
 
@@ -17,26 +20,44 @@ def require(condition: bool, found: str, remedy: str) -> None:
         raise ConfigError(f"{found}; {remedy}")
 
 
-def positive(section: str, **values: float | None) -> None:
-    """Each setting of `section` is finite and above 0 (None passes)."""
-    for key, value in values.items():
-        require(
-            value is None or (value > 0 and math.isfinite(value)),
-            f"{section}.{key}={value} is not above 0 or not finite",
-            "use a positive number",
-        )
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have, what to say of one outside them, and what to do then."""
+
+    holds: Callable[[float], bool]
+    fault: str
+    remedy: str
+
+    def check(self, name: str, value: float | None) -> None:
+        """Raise ConfigError where `value`, of the setting `name`, lies outside; None passes."""
+        require(value is None or self.holds(value), f"{name}={value} {self.fault}", self.remedy)
+
+    def with_remedy(self, remedy: str) -> "Range":
+        """The same range with other advice."""
+        return replace(self, remedy=remedy)
 
 
-def share(section: str, remedy: str, **values: float | None) -> None:
-    """Each setting of `section` lies between 0 and 1, both left out (None passes)."""
-    for key, value in values.items():
-        require(value is None or 0 < value < 1, f"{section}.{key}={value} is not between 0 and 1", remedy)
+POSITIVE = Range(lambda x: x > 0 and math.isfinite(x), "is not above 0 or not finite", "use a positive number")
+NOT_NEGATIVE = Range(lambda x: x >= 0 and math.isfinite(x), "is below 0 or not finite", "use 0 or a positive number")
+FRACTION = Range(lambda x: 0 <= x <= 1, "is not between 0 and 1", "use a share, e.g. 0.1")
+SHARE = Range(lambda x: 0 < x < 1, "is not between 0 and 1", "use a share, e.g. 0.1")
+BELOW_ONE = Range(lambda x: 0 <= x < 1, "is not in 0 <= x < 1", "0 turns it off")
 
 
-def below_one(section: str, remedy: str, **values: float) -> None:
-    """Each setting of `section` lies in 0 <= x < 1."""
-    for key, value in values.items():
-        require(0 <= value < 1, f"{section}.{key}={value} is not in 0 <= x < 1", remedy)
+def setting(default: float | None, allowed: Range) -> Any:
+    """A field of a `Section`: its default, and the range that its values are held to."""
+    return field(default=default, metadata={"range": allowed})
+
+
+@dataclass
+class Section:
+    """A group of settings; each number is held to the range that its field declares."""
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Section").lower()
+        for each in fields(self):
+            if "range" in each.metadata:
+                each.metadata["range"].check(f"{section}.{each.name}", getattr(self, each.name))
 
 
 def existing_files(**names: str | None) -> None:
@@ -54,27 +75,11 @@ def existing_folder(key: str, name: str | None, remedy: str) -> None:
     require(name is None or Path(name).is_dir(), f"{key}: {name} is not a folder (looked in {Path.cwd()})", remedy)
 
 
-def not_negative(section: str, **values: float | None) -> None:
-    """Each setting of `section` is finite and at least 0 (None passes)."""
-    for key, value in values.items():
-        require(
-            value is None or (value >= 0 and math.isfinite(value)),
-            f"{section}.{key}={value} is below 0 or not finite",
-            "use 0 or a positive number",
-        )
-
-
-def fraction(section: str, **values: float | None) -> None:
-    """Each setting of `section` lies within 0..1 (None passes)."""
-    for key, value in values.items():
-        require(
-            value is None or 0 <= value <= 1, f"{section}.{key}={value} is not between 0 and 1", "use a share, e.g. 0.1"
-        )
-
-
 def split_fractions(val_fraction: float, calib_fraction: float, test_fraction: float) -> None:
     """Parts of these shares do not overlap as they grow."""
-    fraction("data", val_fraction=val_fraction, calib_fraction=calib_fraction, test_fraction=test_fraction)
+    shares = {"val_fraction": val_fraction, "calib_fraction": calib_fraction, "test_fraction": test_fraction}
+    for name, value in shares.items():
+        FRACTION.check(f"data.{name}", value)
     others = calib_fraction + test_fraction
     require(
         others <= 1 - CALIB_STARTS_AT,
@@ -142,7 +147,6 @@ def threshold_goal(objective: str, precision: float, tags_per_image: float | Non
         f"validation.threshold_precision={precision} is not above 0 and at most 1",
         "0.9 lets one of ten tags given be wrong",
     )
-    positive("validation", threshold_tags_per_image=tags_per_image)
     require(
         (objective == "tags_per_image") == (tags_per_image is not None),
         f"validation.threshold_objective={objective} with validation.threshold_tags_per_image={tags_per_image}",
