@@ -43,3 +43,9 @@ def autocast_dtype(mode: PrecisionMode, device: torch.device) -> torch.dtype | N
         logger.warning("this GPU has no bfloat16: training in float32; training.mixed_precision=fp16 is faster")
         return None
     return torch.bfloat16
+
+
+def product_dtype(like: torch.Tensor) -> torch.dtype:
+    """What a matrix product with this tensor of floats is computed in here: autocast's type where that is on."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype

@@ -67,7 +67,7 @@ def test_sixteen_bit_products_of_bytes_are_no_less_exact_than_those_of_rounded_p
             folded, unfolded = stem(images, fold), stem(model.normalise(images))
         assert folded.dtype == torch.bfloat16
         errors = [float((tokens.double() - exact).square().mean().sqrt()) for tokens in (folded, unfolded)]
-        assert errors[0] < 1.05 * errors[1]
+        assert errors[0] < errors[1]
 
 
 def test_no_image_in_float32_is_made_from_bytes_under_autocast() -> None:
