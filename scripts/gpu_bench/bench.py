@@ -39,9 +39,13 @@ class StepCase:
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of every section. `turn_s` is the least time for which a turn repeats a short call."""
+    """The sizes of every section. `turn_s` is the least time for which a turn repeats a short call.
+
+    `compiled`: measure the loss as `training.compile=on` gives it; networks are compiled on a GPU alone.
+    """
 
     rounds: int
+    compiled: bool
     turn_s: float
     num_tags: int
     matmul_side: int
@@ -51,6 +55,7 @@ class Scale:
     attention_width: int
     attention_total_tokens: int
     loss_batches: tuple[int, ...]
+    loss_tags: int
     steps: tuple[StepCase, ...]
     layout: StepCase
     layout_shapes: int
@@ -64,6 +69,7 @@ class Scale:
 
 GPU_SCALE = Scale(
     rounds=5,
+    compiled=True,
     turn_s=0.05,
     num_tags=20_000,
     matmul_side=8192,
@@ -73,6 +79,7 @@ GPU_SCALE = Scale(
     attention_width=1024,
     attention_total_tokens=65_536,
     loss_batches=(256, 1024),
+    loss_tags=20_000,
     steps=(
         StepCase("L@448", ModelSection(preset="vit_large"), 448, 128, least_mfu=0.60, most_gb=85),
         StepCase("S@224", ModelSection(preset="vit_small"), 224, 1024, least_images_per_s=12_000),
@@ -90,6 +97,7 @@ GPU_SCALE = Scale(
 
 CPU_SCALE = Scale(
     rounds=5,
+    compiled=True,
     turn_s=0.05,
     num_tags=2_000,
     matmul_side=1024,
@@ -98,7 +106,8 @@ CPU_SCALE = Scale(
     attention_head_dims=(64,),
     attention_width=192,
     attention_total_tokens=784,
-    loss_batches=(64,),
+    loss_batches=(256,),
+    loss_tags=20_000,
     steps=(StepCase("tiny@96", ModelSection(preset="vit_tiny", depth=4), 96, 16),),
     layout=StepCase("tiny@176", ModelSection(preset="vit_tiny", depth=2), 176, 8),
     layout_shapes=3,

@@ -1,5 +1,6 @@
 """Ceilings of the device, and attention by each backend against them."""
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.figures import Figure, figure
-from scripts.gpu_bench.bench import Bench, missing
+from scripts.gpu_bench.bench import Bench
+from tagger.attention import AttentionShape, pinned_attention
 
 
 def ceilings(bench: Bench) -> Iterator[Figure]:
@@ -31,10 +33,11 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+GPU, CPU = ("flash", "cudnn", "efficient"), ("flash", "math")
 
 
 def attention(bench: Bench) -> Iterator[Figure]:
-    """Forward and backward of attention by each backend that takes the shape; the backward counts 2.5 forwards."""
+    """Forward and backward of attention as the model pins it, beside every kernel; the backward counts 2.5 forwards."""
     scale = bench.scale
     for head_dim in scale.attention_head_dims:
         for tokens in scale.attention_tokens:
@@ -44,31 +47,30 @@ def attention(bench: Bench) -> Iterator[Figure]:
 
 
 def attention_figure(bench: Bench, name: str, shape: tuple[int, int, int, int]) -> Figure:
-    """The best backend's share of the matmul ceiling; the note has every backend's TFLOP/s."""
+    """The pinned kernel's share of the matmul ceiling; the note has every kernel's TFLOP/s."""
     batch, heads, tokens, head_dim = shape
-    query, key, value = (torch.randn(shape, device=bench.device).to(bench.dtype).requires_grad_() for _ in range(3))
+    inputs = tuple(torch.randn(shape, device=bench.device).to(bench.dtype).requires_grad_() for _ in range(3))
     upstream = torch.randn(shape, device=bench.device).to(bench.dtype)
-    works: dict[str, Callable[[], object]] = {}
-    # On a GPU the plain products write out the whole [N, N] matrix: nobody trains with them.
-    for backend in ("flash", "cudnn", "efficient") if bench.on_gpu else ("flash", "math"):
-        work = functools.partial(_attend, BACKENDS[backend], query, key, value, upstream)
-        if _takes(work):
-            works[backend] = work
-    if not works:
-        return missing(name, "no backend takes this shape")
+    kind = AttentionShape(heads, head_dim, tokens, bench.dtype, masked=False, trains=True)
+    contexts: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+        "pinned": functools.partial(pinned_attention, kind, bench.device),
+        # On a GPU the plain products write out the whole [N, N] matrix: nobody trains with them.
+        **{each: functools.partial(sdpa_kernel, [BACKENDS[each]]) for each in (GPU if bench.on_gpu else CPU)},
+    }
+    works = {each: functools.partial(_attend, context, inputs, upstream) for each, context in contexts.items()}
     flops = 3.5 * 4 * batch * heads * tokens**2 * head_dim
-    rates = {backend: [flops / s for s in times] for backend, times in bench.in_turn(works).items()}
-    medians = {backend: statistics.median(rate) for backend, rate in rates.items()}
-    best = max(medians, key=lambda backend: medians[backend])
-    note = ", ".join(f"{backend} {rate / 1e12:.3g}" for backend, rate in medians.items())
-    shares = [rate / bench.matmul_flops for rate in rates[best]]
-    return figure(f"{name}: {best} / matmul", shares, note=f"{note} TFLOP/s")
+    times = bench.in_turn({each: work for each, work in works.items() if _takes(work)})
+    note = ", ".join(f"{each} {flops / statistics.median(rounds) / 1e12:.3g}" for each, rounds in times.items())
+    shares = [flops / seconds / bench.matmul_flops for seconds in times["pinned"]]
+    return figure(f"{name}: pinned / matmul", shares, note=f"{note} TFLOP/s")
 
 
-def _attend(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, upstream: Tensor) -> None:
-    with sdpa_kernel([backend]):
-        mixed = F.scaled_dot_product_attention(query, key, value)
-    torch.autograd.grad(mixed, (query, key, value), upstream)
+def _attend(
+    context: Callable[[], contextlib.AbstractContextManager[object]], inputs: tuple[Tensor, ...], upstream: Tensor
+) -> None:
+    with context():
+        mixed = F.scaled_dot_product_attention(*inputs)
+    torch.autograd.grad(mixed, inputs, upstream)
 
 
 def _takes(work: Callable[[], object]) -> bool:

@@ -51,8 +51,10 @@ class OurStep:
 
     def __init__(self, bench: Bench, case: StepCase) -> None:
         self.model = create_model(case.model, bench.scale.num_tags, case.image_size).to(bench.device).train()
-        compile_model(self.model, "auto", bench.device)
-        self.objective = TrainingObjective(self.model, create_loss(LossSection()).to(bench.device))
+        criterion = create_loss(LossSection()).to(bench.device)
+        if compile_model(self.model, "auto", bench.device):
+            criterion.use_compiled()
+        self.objective = TrainingObjective(self.model, criterion)
         self.precision = MixedPrecisionTrainer("auto", bench.device)
         self.optimizer = create_optimizer(OptimizerSection(), self.model)
         self.ema = ExponentialMovingAverage(self.model, DECAY)

@@ -26,6 +26,7 @@ _SMALL = ModelSection(preset="vit_tiny", depth=1, embed_dim=48)
 TINY = dataclasses.replace(
     CPU_SCALE,
     rounds=1,
+    compiled=False,
     turn_s=1e-4,
     num_tags=50,
     matmul_side=64,
@@ -33,6 +34,7 @@ TINY = dataclasses.replace(
     attention_tokens=(16,),
     attention_total_tokens=16,
     loss_batches=(4,),
+    loss_tags=50,
     steps=(StepCase("tiny@32", _SMALL, 32, 2),),
     layout=StepCase("tiny@176", _SMALL, 176, 1),
     layout_shapes=1,
