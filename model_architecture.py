@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Configuration_System import ModelSection
+from tagger.attention import AttentionShape, pinned_attention
 from tagger.config_io import ConfigError
+from tagger.devices import product_dtype
 from tagger.layers import NORM_EPS, Attention, DropPath, LayerScale, Mlp
 from tagger.registry import Registry
 from tagger.rotary import RotaryTable, Rotation, rotation_of
@@ -396,9 +398,20 @@ class SimplifiedTagger(nn.Module):
         key_mask = None
         if token_mask is not None:
             key_mask = F.pad(token_mask, (self._num_prefix_tokens, 0), value=True)[:, None, None, :]
-        for block in self.blocks:
-            tokens = block(tokens, key_mask, rotation)
+        with pinned_attention(self._attention_shape(tokens, key_mask), tokens.device):
+            for block in self.blocks:
+                tokens = block(tokens, key_mask, rotation)
         return self._pool(self.norm(tokens), token_mask)
+
+    def _attention_shape(self, tokens: Tensor, key_mask: Tensor | None) -> AttentionShape:
+        return AttentionShape(
+            heads=self.config.num_heads,
+            head_dim=self.config.embed_dim // self.config.num_heads,
+            tokens=tokens.shape[1],
+            dtype=product_dtype(tokens),
+            masked=key_mask is not None,
+            trains=torch.is_grad_enabled(),
+        )
 
     def _pool(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         if self.cls_token is not None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tagger.devices import product_dtype
+
 # The middle of a byte: (x - 128) / 128 is exact in every float type down to 8 bits of precision.
 _BYTE_MIDDLE = 128.0
 
@@ -37,9 +39,7 @@ class PatchStem(nn.Module):
         if normalisation is None:
             tokens: Tensor = self.proj(patches)
             return tokens
-        kind = pixels.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.proj.weight.dtype
-        centred = patches.to(dtype).sub_(_BYTE_MIDDLE).mul_(1 / _BYTE_MIDDLE)
+        centred = patches.to(product_dtype(self.proj.weight)).sub_(_BYTE_MIDDLE).mul_(1 / _BYTE_MIDDLE)
         return F.linear(centred, *self._folded(*normalisation))
 
     def _folded(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
