@@ -164,7 +164,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         parameters=tuple(p for p in model.parameters() if p.requires_grad),
         augment=BatchAugment(**operations, fill=(red, green, blue)),
         criterion=criterion,
-        objective=TrainingObjective(model, criterion),
+        objective=TrainingObjective(model, criterion, config.loss.chunk_tags),
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),

@@ -49,6 +49,7 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     """One update: loss summed over the window's images, gradient norm, whether it was left out; device scalars."""
     config, state = parts.config, parts.state
     total = torch.zeros((), device=parts.device)
+    parts.criterion.begin_epoch(window.epoch)
     for host in window.batches:
         keys = mix(config.training.seed, window.epoch, host.row_ids.numpy())
         batch = host.to(parts.device, non_blocking=True)
