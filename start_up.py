@@ -173,8 +173,9 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     if train_loader.dataset.ontology is not None:
         train_loader.dataset.ontology.save(folder.ontology_path)
     vocabulary.save(folder.vocabulary_path)
-    compile_model(model, training.compile, device)
     criterion = build_criterion(config, vocabulary).to(device)
+    if compile_model(model, training.compile, device):
+        criterion.use_compiled()
     return Parts(
         config=config,
         folder=folder,
@@ -188,7 +189,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         augments=tuple(create_augment(phase.augment, config.data.background) for phase in phases),
         feed=feed,
         criterion=criterion,
-        objective=TrainingObjective(model, criterion),
+        objective=TrainingObjective(model, criterion, config.loss.chunk_tags),
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),
