@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from Configuration_System import LossSection
 from tagger.errors import InputError
 from tagger.losses.chunked import HeadCost
-from tagger.losses.costs import CostRule, FocalCost
+from tagger.losses.costs import CostRule, FocalCost, HillCost
 from tagger.losses.summed import Pricing, SummedCost, Targets, compute_dtype
 from tagger.registry import Registry
 from tagger.tag_lists import tag_coordinates
@@ -40,17 +40,17 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits are {logits.dtype} of shape {list(logits.shape)}; expected floats of shape [B, C]")
 
 
-def _read_targets(logits: Tensor, targets: Tensor, tag_offsets: Tensor | None) -> Targets:
+def _read_targets(shape: torch.Size, device: torch.device, targets: Tensor, tag_offsets: Tensor | None) -> Targets:
     """Check either form of targets against the logits; values are checked on a CPU only, to spare a device sync."""
     for name, tensor in (("targets", targets), ("tag_offsets", tag_offsets)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}; move them to one device")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and logits on {device}; move them to one device")
     if tag_offsets is not None:
-        rows, columns = tag_coordinates(targets, tag_offsets, logits.shape[0], logits.shape[1])
+        rows, columns = tag_coordinates(targets, tag_offsets, *shape)
         return Targets(rows=rows, columns=columns)
-    if targets.shape != logits.shape:
+    if targets.shape != shape:
         raise ValueError(
-            f"targets have shape {list(targets.shape)} and logits {list(logits.shape)}; expected one shape [B, C], "
+            f"targets have shape {list(targets.shape)} and logits {list(shape)}; expected one shape [B, C], "
             "or a flat list of tag indices together with tag_offsets"
         )
     if targets.device.type == "cpu" and targets.dtype != torch.bool and targets.numel():
@@ -119,7 +119,7 @@ class TagLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, tag_offsets: Tensor | None = None) -> Tensor:
         """The loss of a batch; see the class for both forms of targets."""
         _check_logits(logits)
-        pricing = self._pricing(logits, targets, tag_offsets)
+        pricing = self._pricing(logits.shape, logits.device, targets, tag_offsets)
         with_slope = logits.requires_grad and torch.is_grad_enabled()
         total: Tensor = SummedCost.apply(logits, pricing, with_slope)  # type: ignore[no-untyped-call]
         return self._reduced(total, *logits.shape)
@@ -140,22 +140,22 @@ class TagLoss(nn.Module):
         At most ``chunk_tags`` columns of logits exist at a time, in the forward pass and again in the backward pass.
         """
         shape = torch.Size((features.shape[0], weight.shape[0]))
-        pricing = self._pricing(features.new_empty(()).expand(shape), tag_indices, tag_offsets)
+        pricing = self._pricing(shape, features.device, tag_indices, tag_offsets)
         total: Tensor = HeadCost.apply(  # type: ignore[no-untyped-call]
             features, weight, bias, pricing, chunk_tags, dtype
         )
         return self._reduced(total, *shape)
 
-    def _pricing(self, logits: Tensor, targets: Tensor, tag_offsets: Tensor | None) -> Pricing:
-        num_tags = logits.shape[1]
+    def _pricing(self, shape: torch.Size, device: torch.device, targets: Tensor, tag_offsets: Tensor | None) -> Pricing:
+        num_tags = shape[1]
         if self.tag_weights is not None and len(self.tag_weights) != num_tags:
             raise ValueError(f"tag_weights are for {len(self.tag_weights)} tags and logits have {num_tags}")
         if self.ignored_tags and self.ignored_tags[-1] >= num_tags:
             raise ValueError(f"ignored_tags holds {self.ignored_tags[-1]} and logits have {num_tags} tags")
-        wanted = _read_targets(logits, targets, tag_offsets)
+        wanted = _read_targets(shape, device, targets, tag_offsets)
         ignored = None
         if self.ignored is not None:
-            ignored = torch.zeros(num_tags, dtype=torch.bool, device=logits.device).index_fill_(0, self.ignored, True)
+            ignored = torch.zeros(num_tags, dtype=torch.bool, device=device).index_fill_(0, self.ignored, True)
         limit = self.limit if torch.is_grad_enabled() else None
         return Pricing(self.rule, wanted, num_tags, self.tag_weights, ignored, limit, self.compiled)
 
@@ -242,6 +242,70 @@ class BinaryCrossEntropy(TagLoss):
         super().__init__(CostRule(FocalCost(0.0), FocalCost(0.0)), tag_weights, ignored_tags, reduction)
 
 
+# Of Hill loss and SPLC, in the paper and its authors' code: focus and logit shift of the present tags.
+_MISSING_GAMMA, _MISSING_SHIFT = 2.0, 1.0
+
+
+class HillLoss(TagLoss):
+    """Hill loss (Zhang et al. 2021), for images on which many tags are missing: ``(height - p) p^2`` for absent tags.
+
+    Confident mistakes on absent tags weigh little, as they may be tags that were forgotten. Present tags have the focal
+    margin loss, ``-(1-pm)^gamma log(pm)`` with ``pm = sigmoid(x - shift)``. With height 1.5, the paper's, an absent
+    tag's cost is steepest by p at 0.5.
+    """
+
+    def __init__(
+        self,
+        height: float = 1.5,
+        gamma: float = _MISSING_GAMMA,
+        shift: float = _MISSING_SHIFT,
+        tag_weights: Tensor | None = None,
+        ignored_tags: Sequence[int] = (),
+        reduction: Reduction = "sum",
+    ) -> None:
+        _check_gamma(gamma=gamma, shift=shift)
+        if not (math.isfinite(height) and height >= 1):
+            raise ValueError(f"height={height} is below 1 or not finite, which makes costs negative; 1.5 is usual")
+        rule = CostRule(FocalCost(gamma, shift=shift), HillCost(height))
+        super().__init__(rule, tag_weights, ignored_tags, reduction)
+
+
+class SelfPacedCorrectionLoss(TagLoss):
+    """SPLC (Zhang et al. 2021): absent tags that the network is sure of are taken for forgotten ones.
+
+    Present tags have the focal margin loss (see ``HillLoss``), absent ones focal loss; an absent tag with a probability
+    above ``correct_above`` costs what a present one would, without the shift, as in the authors' code. That begins with
+    the second epoch that ``begin_epoch`` tells of, and holds only where a gradient is worked out: a validation loss is
+    always that of the tags as they are listed.
+    """
+
+    def __init__(
+        self,
+        correct_above: float = 0.6,
+        gamma: float = _MISSING_GAMMA,
+        shift: float = _MISSING_SHIFT,
+        tag_weights: Tensor | None = None,
+        ignored_tags: Sequence[int] = (),
+        reduction: Reduction = "sum",
+    ) -> None:
+        _check_gamma(gamma=gamma, shift=shift)
+        if not 0 < correct_above < 1:
+            raise ValueError(f"correct_above={correct_above} is not between 0 and 1; 0.6 is usual")
+        rule = CostRule(FocalCost(gamma, shift=shift), FocalCost(gamma), FocalCost(gamma))
+        super().__init__(rule, tag_weights, ignored_tags, reduction)
+        self.correct_above = correct_above
+        self.correcting = False
+        # On the device and not a number, so that compiled costs need not be compiled anew when correction begins.
+        self.limit = torch.tensor(math.inf)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Correct from epoch 1 on, the second."""
+        if self.correcting != (epoch >= 1) and self.limit is not None:
+            self.correcting = epoch >= 1
+            logit = math.log(self.correct_above) - math.log1p(-self.correct_above)
+            self.limit.fill_(logit if self.correcting else math.inf)
+
+
 class MultiTaskLoss(nn.Module):
     """A tag loss over the other columns, plus ``rating_weight`` times cross-entropy over the rating columns.
 
@@ -271,7 +335,7 @@ class MultiTaskLoss(nn.Module):
         _check_logits(logits)
         self._check_ratings(logits.shape[1])
         tag_part: Tensor = self.tag_loss(logits, targets, tag_offsets)
-        wanted = _read_targets(logits, targets, tag_offsets)
+        wanted = _read_targets(logits.shape, logits.device, targets, tag_offsets)
         return tag_part + self._rating_part(logits.index_select(1, self.rating_indices), wanted)
 
     def through_head(
@@ -359,6 +423,25 @@ def _binary_cross_entropy(
     return BinaryCrossEntropy(tag_weights, ignored_tags, reduction)
 
 
+@LOSSES.register("hill")
+def _hill(
+    section: LossSection,  # noqa: ARG001 - it has no setting of its own
+    tag_weights: Tensor | None,
+    ignored_tags: Sequence[int],
+    reduction: Reduction,
+) -> TagLoss:
+    return HillLoss(tag_weights=tag_weights, ignored_tags=ignored_tags, reduction=reduction)
+
+
+@LOSSES.register("splc")
+def _splc(
+    section: LossSection, tag_weights: Tensor | None, ignored_tags: Sequence[int], reduction: Reduction
+) -> TagLoss:
+    return SelfPacedCorrectionLoss(
+        section.correct_above, tag_weights=tag_weights, ignored_tags=ignored_tags, reduction=reduction
+    )
+
+
 def tag_weights_from_counts(tag_counts: Tensor, power: float) -> Tensor:
     """``count^-power`` scaled to mean 1, [C] float32; a tag that was never counted weighs as if counted once."""
     weights = tag_counts.detach().to(torch.float64).clamp(min=1).pow(-power)
@@ -376,8 +459,9 @@ def create_loss(
     """The loss that a recipe names, with tag names resolved to indices by the caller.
 
     ``tag_counts`` [C] is how many training images have each tag; needed when ``loss.tag_weight_power`` is above 0.
-    ``focal`` takes its one gamma from ``gamma_neg``; only ``asymmetric_focal`` has a ``clip``. With ``rating_weight``
-    null the ratings are tags like any other; with a number they are a softmax group of their own.
+    ``focal`` takes its one gamma from ``gamma_neg``; only ``asymmetric_focal`` has a ``clip``; ``hill`` and ``splc``
+    have the gamma and shift of their paper. With ``rating_weight`` null the ratings are tags like any other; with a
+    number they are a softmax group of their own.
     """
     tag_weights = None
     if section.tag_weight_power > 0:

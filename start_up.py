@@ -189,7 +189,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         augments=tuple(create_augment(phase.augment, config.data.background) for phase in phases),
         feed=feed,
         criterion=criterion,
-        objective=TrainingObjective(model, criterion),
+        objective=TrainingObjective(model, criterion, config.loss.chunk_tags),
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),

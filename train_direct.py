@@ -50,6 +50,7 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     config, state, phase = parts.config, parts.state, parts.phases[window.phase]
     parts.model.patch_dropout = phase.patch_dropout
     total = torch.zeros((), device=parts.device)
+    parts.criterion.begin_epoch(window.epoch)
     for host in window.batches:
         keys = mix(config.training.seed, window.epoch, host.row_ids.numpy())
         batch = host.to(parts.device, non_blocking=True)

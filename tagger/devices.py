@@ -13,7 +13,12 @@ PrecisionMode = Literal["auto", "bf16", "fp16", "off"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `training.device` means; "auto" is CUDA, else Apple's GPU, else the CPU."""
+    """The device that `training.device` means; "auto" is CUDA, else Apple's GPU, else the CPU.
+
+    Also tells torch that products in 16 bits add up in float32 throughout: its default lets CUDA add parts in 16 bits.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
