@@ -14,7 +14,7 @@ from Configuration_System import FullConfig, changed_settings, split_changes
 from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
-from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course
+from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course, scale_learning_rates
 from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
 from tagger.config_io import digest, flat_values, save_yaml
@@ -62,6 +62,7 @@ class Parts:
     augment: BatchAugment
     criterion: Criterion
     objective: torch.nn.Module
+    learning_rate: float  # of the head, before the schedule
     schedule: Schedule
     state: TrainState
     boundary: StepBoundary
@@ -100,9 +101,11 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
     model.to(device)
     yardstick = measured_with(config, vocabulary, validation_loader)
+    images_an_update = training.batch_size * training.accumulation_steps
+    rates = scale_learning_rates(config.optimizer, images_an_update)
     state = TrainState(
         model,
-        create_optimizer(config.optimizer, model),
+        create_optimizer(rates, model),
         MixedPrecisionTrainer(training.mixed_precision, device),
         None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
         EarlyStopping.from_config(training, config.checkpoint.best_metric, yardstick),
@@ -130,7 +133,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         state.step,
         state.samples_seen,
         left,
-        training.batch_size * training.accumulation_steps,
+        images_an_update,
         config.checkpoint.on_schedule_change,
     )
     state.extra["course"] = asdict(course)
@@ -164,6 +167,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         augment=BatchAugment(**operations, fill=(red, green, blue)),
         criterion=criterion,
         objective=TrainingObjective(model, criterion),
+        learning_rate=rates.learning_rate,
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),
