@@ -16,7 +16,7 @@ from Configuration_System import AugmentSection, FullConfig, PhaseSection, chang
 from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
-from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course
+from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course, scale_learning_rates
 from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
 from tagger.config_io import digest, flat_values, save_yaml
@@ -80,6 +80,7 @@ class Parts:
     feed: Feed
     criterion: Criterion
     objective: torch.nn.Module
+    learning_rate: float  # of the head, before the schedule
     schedule: Schedule
     state: TrainState
     boundary: StepBoundary
@@ -118,9 +119,11 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
     model.to(device)
     yardstick = measured_with(config, vocabulary, validation_loader)
+    images_an_update = training.batch_size * training.accumulation_steps
+    rates = scale_learning_rates(config.optimizer, images_an_update)
     state = TrainState(
         model,
-        create_optimizer(config.optimizer, model),
+        create_optimizer(rates, model),
         MixedPrecisionTrainer(training.mixed_precision, device),
         None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
         EarlyStopping.from_config(training, config.checkpoint.best_metric, yardstick),
@@ -190,6 +193,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         feed=feed,
         criterion=criterion,
         objective=TrainingObjective(model, criterion, config.loss.chunk_tags),
+        learning_rate=rates.learning_rate,
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),

@@ -219,7 +219,7 @@ def _groups(
     learning_rate: float,
     wanted: Callable[[str, Tensor], bool] | None = None,
 ) -> list[Group]:
-    return parameter_groups(model, learning_rate, section.weight_decay, wanted=wanted)
+    return parameter_groups(model, learning_rate, section.weight_decay, layer_decay=section.layer_decay, wanted=wanted)
 
 
 def _adamw_of(section: OptimizerSection, groups: list[Group]) -> AdamW:

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from tagger.optim.skipping import Group
 
-
 # Where the fused form honours `grad_scale` and `found_inf`.
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 

@@ -25,6 +25,7 @@ from tagger.data.windows import Window, accumulation_windows
 from tagger.ema import ExponentialMovingAverage
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
+from tagger.objective import TrainingObjective
 from tagger.optim import adamw
 from tagger.run_folder import RunFolder
 from tagger.stop import StopRequest
@@ -51,6 +52,7 @@ SMALL = (
     "training.device=cpu",
     "training.batch_size=8",
     "training.accumulation_steps=2",
+    "optimizer.base_batch_size=4",
 )
 # What a GPU has to be waited for: a value, or the size of a result that depends on values.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
@@ -91,14 +93,15 @@ def anew(
     """The parts as `start_up.build` puts them together, with another optimizer, on another device."""
     training = dataclasses.replace(parts.config.training, clip_grad_norm=1.0 if averaged_and_clipped else None)
     config = dataclasses.replace(parts.config, optimizer=OptimizerSection(name=name), training=training)
-    model = copy.deepcopy(parts.model).to(device)
+    model, criterion = (copy.deepcopy(each).to(device) for each in (parts.model, parts.criterion))
     return dataclasses.replace(
         parts,
         config=config,
         device=device,
         model=model,
         parameters=tuple(model.parameters()),
-        criterion=copy.deepcopy(parts.criterion).to(device),
+        criterion=criterion,
+        objective=TrainingObjective(model, criterion),
         boundary=StepBoundary(model, device),
         meter=TrainingMeter(),
         guard=UpdateGuard(device),
@@ -155,3 +158,9 @@ def test_updates_need_no_value(
         assert one_step(parts, window, step).is_meta
     with pytest.raises(RuntimeError, match="meta"):  # so would one read in any of the steps
         parts.meter.read(0.1, parts.state.precision.nonfinite_steps)
+
+
+def test_a_run_scales_its_learning_rates_to_the_images_of_an_update(built: tuple[start_up.Parts, list[Window]]) -> None:
+    parts, _ = built
+    assert parts.learning_rate == 2 * parts.config.optimizer.learning_rate  # 16 images where 4 are the base
+    assert {group["initial_lr"] for group in parts.state.optimizer.param_groups} == {parts.learning_rate}
