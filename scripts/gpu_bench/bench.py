@@ -19,6 +19,10 @@ from Configuration_System import ModelSection
 from scripts.figures import Figure
 from tagger.devices import autocast_dtype
 
+_MOST_REPEATS = 10_000
+# About 15 ms of a card's time, in which the host launches what is to be timed.
+_COPIES_AHEAD = 32
+
 
 class OutOfTimeError(RuntimeError):
     """The benchmark's time is over; what was measured before stands."""
@@ -134,6 +138,10 @@ class Bench:
         # Likewise images a second of our own steps.
         self.images_per_s: dict[str, float] = {}
 
+    def host_bytes(self, number: int) -> Tensor:
+        """Memory of the host that the device copies from fastest."""
+        return torch.zeros(number, dtype=torch.uint8, pin_memory=self.on_gpu)
+
     def check_time(self) -> None:
         """Raises OutOfTimeError where the time is over."""
         if time.perf_counter() > self._ends_at:
@@ -152,17 +160,41 @@ class Bench:
             work()
         return (self.now() - started) / repeats
 
-    def in_turn(self, works: Mapping[str, Callable[[], object]], rounds: int | None = None) -> dict[str, list[float]]:
-        """Seconds a call of each work in every round, by turns, after two calls to warm up."""
+    def kernel_seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
+        """Seconds a call takes the device while the host is ahead of it, as inside a training step."""
+        if not self.on_gpu:
+            return self.seconds(work, repeats)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(_COPIES_AHEAD):
+            self.copy()
+        begin.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000 / repeats
+
+    def in_turn(self, works: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds a call of each work in every round, by turns, after calls to warm up; the host's time included."""
+        return self._by_turns(works, self.seconds, _MOST_REPEATS)
+
+    def kernels_in_turn(self, works: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Likewise `kernel_seconds`."""
+        # So few that what is launched fits the queue between host and device.
+        return self._by_turns(works, self.kernel_seconds, 40 if self.on_gpu else _MOST_REPEATS)
+
+    def _by_turns(
+        self, works: Mapping[str, Callable[[], object]], clock: Callable[[Callable[[], object], int], float], most: int
+    ) -> dict[str, list[float]]:
         repeats = {}
         for name, work in works.items():
             self.check_time()
             work()
-            repeats[name] = max(1, math.ceil(self.scale.turn_s / max(self.seconds(work), 1e-7)))
+            repeats[name] = min(most, max(1, math.ceil(self.scale.turn_s / max(clock(work, 1), 1e-7))))
         times: dict[str, list[float]] = {name: [] for name in works}
-        for _ in range(rounds or self.scale.rounds):
+        for _ in range(self.scale.rounds):
             for name, work in works.items():
-                times[name].append(self.seconds(work, repeats[name]))
+                times[name].append(clock(work, repeats[name]))
         return times
 
     @cached_property
@@ -171,7 +203,7 @@ class Bench:
         side = self.scale.matmul_side
         a, b = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = self.in_turn({"matmul": lambda: torch.mm(a, b, out=out)})["matmul"]
+        seconds = self.kernels_in_turn({"matmul": lambda: torch.mm(a, b, out=out)})["matmul"]
         return 2 * side**3 / statistics.median(seconds)
 
     @cached_property

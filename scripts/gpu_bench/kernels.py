@@ -19,11 +19,11 @@ def ceilings(bench: Bench) -> Iterator[Figure]:
     """What the device gives a matrix product, a copy in its memory and a copy from the host's."""
     dtype = str(bench.dtype).removeprefix("torch.")
     yield Figure(f"matmul {bench.scale.matmul_side}, {dtype}", bench.matmul_flops / 1e12, unit="TFLOP/s")
-    times = bench.in_turn({"copy": bench.copy})
+    times = bench.kernels_in_turn({"copy": bench.copy})
     yield figure("copy, read and write", [1 / each for each in bench.copy_seconds(times, 1e9)], unit="GB/s")
-    host = torch.zeros(bench.scale.copy_bytes // 4, dtype=torch.uint8, pin_memory=bench.on_gpu)
+    host = bench.host_bytes(bench.scale.copy_bytes // 4)
     there = torch.empty_like(host, device=bench.device)
-    seconds = bench.in_turn({"copy": lambda: there.copy_(host, non_blocking=True)})["copy"]
+    seconds = bench.kernels_in_turn({"copy": lambda: there.copy_(host, non_blocking=True)})["copy"]
     yield figure("copy from host memory", [host.numel() / each / 1e9 for each in seconds], unit="GB/s")
 
 
@@ -59,7 +59,7 @@ def attention_figure(bench: Bench, name: str, shape: tuple[int, int, int, int]) 
     }
     works = {each: functools.partial(_attend, context, inputs, upstream) for each, context in contexts.items()}
     flops = 3.5 * 4 * batch * heads * tokens**2 * head_dim
-    times = bench.in_turn({each: work for each, work in works.items() if _takes(work)})
+    times = bench.kernels_in_turn({each: work for each, work in works.items() if _takes(work)})
     note = ", ".join(f"{each} {flops / statistics.median(rounds) / 1e12:.3g}" for each, rounds in times.items())
     shares = [flops / seconds / bench.matmul_flops for seconds in times["pinned"]]
     return figure(f"{name}: pinned / matmul", shares, note=f"{note} TFLOP/s")
@@ -69,7 +69,7 @@ def _attend(
     context: Callable[[], contextlib.AbstractContextManager[object]], inputs: tuple[Tensor, ...], upstream: Tensor
 ) -> None:
     with context():
-        mixed = F.scaled_dot_product_attention(*inputs)
+        mixed = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
     torch.autograd.grad(mixed, inputs, upstream)
 
 

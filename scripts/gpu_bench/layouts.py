@@ -90,7 +90,7 @@ def _packed(bench: Bench, case: StepCase) -> Figure:
         mixed = F.scaled_dot_product_attention(*squares)
         torch.autograd.grad(mixed, squares, torch.ones_like(mixed))
 
-    times = bench.in_turn({"packed": of_packed, "squares": of_squares})
+    times = bench.kernels_in_turn({"packed": of_packed, "squares": of_squares})
     return figure(name, ratios(times["squares"], times["packed"]))
 
 

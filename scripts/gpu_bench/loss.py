@@ -70,7 +70,7 @@ def asymmetric_loss(bench: Bench) -> Iterator[Figure]:
             "plain": functools.partial(backward_of, case.plain),
             "copy": bench.copy,
         }
-        times = bench.in_turn(works)
+        times = bench.kernels_in_turn(works)
         name = f"{'compiled ' if compiles(bench) else ''}asymmetric loss {size} x {case.num_tags:,}"
         # At 256 rows on a GPU, launching takes as long as the bytes: the goal is for the large batch.
         goal = 1.5 if bench.on_gpu and size >= 1024 else None

@@ -24,6 +24,7 @@ from scripts.figures import Figure, figure
 from scripts.gpu_bench.bench import Bench, StepCase, missing, ratios, saved_bytes
 from scripts.gpu_bench.flops import training_flops
 from tagger.batch import Batch
+from tagger.compilation import missing_compiler
 from tagger.objective import TrainingObjective
 from training_utils import ExponentialMovingAverage, MixedPrecisionTrainer, compile_model, create_optimizer
 
@@ -46,15 +47,21 @@ def noise_batch(bench: Bench, size: int, height: int, width: int) -> Batch:
     return dataclasses.replace(batch, images=images, valid_sizes=sizes)
 
 
+def make_criterion(bench: Bench) -> nn.Module:
+    """The default loss, compiled where networks are, for whoever's network."""
+    criterion = create_loss(LossSection()).to(bench.device)
+    if bench.on_gpu and missing_compiler(bench.device) is None:
+        criterion.use_compiled()
+    return criterion
+
+
 class OurStep:
     """One update as the training loop makes it, between logs."""
 
     def __init__(self, bench: Bench, case: StepCase) -> None:
         self.model = create_model(case.model, bench.scale.num_tags, case.image_size).to(bench.device).train()
-        criterion = create_loss(LossSection()).to(bench.device)
-        if compile_model(self.model, "auto", bench.device):
-            criterion.use_compiled()
-        self.objective = TrainingObjective(self.model, criterion)
+        compile_model(self.model, "auto", bench.device)
+        self.objective = TrainingObjective(self.model, make_criterion(bench))
         self.precision = MixedPrecisionTrainer("auto", bench.device)
         self.optimizer = create_optimizer(OptimizerSection(), self.model)
         self.ema = ExponentialMovingAverage(self.model, DECAY)
@@ -92,7 +99,7 @@ class PlainStep:
 
     def __init__(self, bench: Bench, network: nn.Module) -> None:
         self.model = FromBytes(network).to(bench.device).train()
-        self.objective = TrainingObjective(self.model, create_loss(LossSection()).to(bench.device))
+        self.objective = TrainingObjective(self.model, make_criterion(bench))
         self.precision = MixedPrecisionTrainer("auto", bench.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.ema = ExponentialMovingAverage(self.model, DECAY)
@@ -168,9 +175,12 @@ def _add_timm(
         return "timm is not installed; pip install timm"
     if form == "timm compiled" and not bench.on_gpu:
         return "compiled on a GPU alone, as ours is"
-    network = timm_network(case, bench.scale.num_tags)
+    try:
+        network = timm_network(case, bench.scale.num_tags)
+    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
+        return f"timm cannot be used here: {str(error).splitlines()[0]}"
     if form == "timm compiled":
-        network.compile(dynamic=False)
+        network.compile(dynamic=False)  # whole, as its own training script does
     try:
         step = PlainStep(bench, network)
         step(batch)
@@ -201,7 +211,8 @@ def step_events(bench: Bench, step: Callable[[], object]) -> Counter[str]:
     """How often each operator, and on CUDA each call of its runtime, comes in one step."""
     if not bench.on_gpu:
         # A profiler would count what torch's fused AdamW reads inside its kernel, which on CUDA it does not.
-        with OperatorCounter() as counter:
+        counter = OperatorCounter()
+        with counter:
             step()
         return counter.counts
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -211,11 +222,11 @@ def step_events(bench: Bench, step: Callable[[], object]) -> Counter[str]:
     return Counter({event.key: event.count for event in profile.key_averages()})
 
 
-class OperatorCounter(TorchDispatchMode):
+class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that Python asks for, by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import orjson
@@ -18,7 +18,8 @@ from Configuration_System import ModelSection
 from model_architecture import create_model
 from scripts import benchmark_gpu
 from scripts.figures import Figure
-from scripts.gpu_bench.bench import CPU_SCALE, Bench, OutOfTimeError, StepCase, saved_bytes
+from scripts.gpu_bench import kernels, steps
+from scripts.gpu_bench.bench import CPU_SCALE, Bench, OutOfTimeError, Scale, StepCase, saved_bytes
 from scripts.gpu_bench.flops import forward_flops, training_flops
 from scripts.gpu_bench.steps import OperatorCounter, train_steps
 
@@ -116,6 +117,50 @@ def test_no_measurement_begins_after_the_time_is_over() -> None:
 def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_gpu.main([]) == 2
     assert "use --cpu" in capsys.readouterr().err
+
+
+class CpuAsGpu(Bench):
+    """Takes the branches for a GPU on a CPU."""
+
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(CPU, scale)
+        self.on_gpu = True
+
+    def kernel_seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
+        return self.seconds(work, repeats)
+
+    def host_bytes(self, number: int) -> torch.Tensor:
+        return torch.zeros(number, dtype=torch.uint8)
+
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> CpuAsGpu:
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("max_memory_allocated", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 10**9)
+    monkeypatch.setattr(steps, "missing_compiler", lambda _: "told to be a GPU")
+    monkeypatch.setattr(kernels, "GPU", ("flash", "cudnn"))  # a CPU takes one of them
+    varlen = types.ModuleType("varlen")
+    varlen.varlen_attn = lambda query, key, value, *_: query + key + value
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    case = StepCase("L@32", _SMALL, 32, 2, least_mfu=0.6, least_images_per_s=1.0, most_gb=85)
+    return CpuAsGpu(dataclasses.replace(TINY, steps=(case,)))
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_what_a_gpu_alone_measures_is_measured_against_its_goals(as_gpu: CpuAsGpu) -> None:
+    found: dict[str, Figure] = {}
+    for name, section in benchmark_gpu.SECTIONS.items():
+        outcome = benchmark_gpu.run_section(section, as_gpu)
+        assert outcome.failure is None, (name, outcome.failure)
+        found |= {figure.name: figure for figure in outcome.figures}
+    assert found["step L@32 B=2: peak memory"].reached is True
+    assert found["waiting for data, L@32"].goal == 0.005
+    assert found["attention alone, useful tokens/s: packed (varlen) / squares"].value > 0
+    assert "cudnn" not in found["attention, 16 tokens, head 64: pinned / matmul"].note
+    judged = [figure for figure in found.values() if figure.reached is not None]
+    assert len(judged) >= 10
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])
