@@ -97,10 +97,10 @@ class HillCost:
     height: float
 
     def __call__(self, z: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-        p = torch.sigmoid(z)
+        p, not_p = torch.sigmoid(z), torch.sigmoid(-z)
         square = p * p
-        cost = (self.height - p) * square
-        return cost, (torch.sigmoid(-z) * square * (2 * self.height - 3 * p) if with_slope else None)
+        cost = (not_p + (self.height - 1)) * square
+        return cost, (not_p * square * (3 * not_p + (2 * self.height - 3)) if with_slope else None)
 
 
 @dataclass(frozen=True)
