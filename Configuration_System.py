@@ -230,9 +230,11 @@ class LossSection(Section):
 class OptimizerSection(Section):
     """How weights move. `muon`: Muon for the blocks' matrices and the stem's kernels, AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = setting(1e-3, POSITIVE)
     muon_learning_rate: float = setting(0.02, POSITIVE)
+    base_batch_size: int | None = setting(None, POSITIVE)
+    layer_decay: float | None = setting(None, SHARE.with_remedy("0.75 is usual, null turns it off"))
     weight_decay: float = setting(0.05, NOT_NEGATIVE)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = setting(1e-8, POSITIVE)
@@ -298,6 +300,7 @@ class ValidationSection(Section):
     threshold_objective: Literal["f1", "equal", "precision", "tags_per_image"] = "f1"
     threshold_precision: float = 0.9
     threshold_tags_per_image: float | None = setting(None, POSITIVE)
+    online_weights: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

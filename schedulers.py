@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from Configuration_System import SchedulerSection
+from Configuration_System import OptimizerSection, SchedulerSection
 from tagger.errors import InputError
 from tagger.registry import Registry
 
@@ -225,6 +225,24 @@ class CourseSchedule:
         left = max(1, course.total_steps - course.start_step)
         share = course.start_share + (1.0 - course.start_share) * (step - course.start_step) / left
         return self.inner.factor(min(round(share * course.total_steps), course.total_steps))
+
+
+def scale_learning_rates(section: OptimizerSection, images_an_update: int) -> OptimizerSection:
+    """The section with its learning rates, tuned at updates of ``base_batch_size`` images, for as many as now.
+
+    They grow with the square root, as suits Adam's kind of step (Malladi et al. 2022; betas and eps, which the paper
+    moves too, stay). Without a ``base_batch_size`` the section is returned as it is.
+    """
+    if section.base_batch_size is None:
+        return section
+    factor = math.sqrt(images_an_update / section.base_batch_size)
+    message = "learning rates times %.3g: updates of %d images, tuned at optimizer.base_batch_size=%d"
+    logger.info(message, factor, images_an_update, section.base_batch_size)
+    return replace(
+        section,
+        learning_rate=section.learning_rate * factor,
+        muon_learning_rate=section.muon_learning_rate * factor,
+    )
 
 
 def apply(schedule: Schedule, optimizer: Optimizer, step: int, scale: float = 1.0) -> float:

@@ -16,7 +16,7 @@ from Configuration_System import AugmentSection, FullConfig, PhaseSection, chang
 from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
-from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course
+from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course, scale_learning_rates
 from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
 from tagger.config_io import digest, flat_values, save_yaml
@@ -80,6 +80,7 @@ class Parts:
     feed: Feed
     criterion: Criterion
     objective: torch.nn.Module
+    learning_rate: float  # of the head, before the schedule
     schedule: Schedule
     state: TrainState
     boundary: StepBoundary
@@ -118,9 +119,11 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
     model.to(device)
     yardstick = measured_with(config, vocabulary, validation_loader)
+    images_an_update = training.batch_size * training.accumulation_steps
+    rates = scale_learning_rates(config.optimizer, images_an_update)
     state = TrainState(
         model,
-        create_optimizer(config.optimizer, model),
+        create_optimizer(rates, model),
         MixedPrecisionTrainer(training.mixed_precision, device),
         None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
         EarlyStopping.from_config(training, config.checkpoint.best_metric, yardstick),
@@ -190,6 +193,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         feed=feed,
         criterion=criterion,
         objective=TrainingObjective(model, criterion, config.loss.chunk_tags),
+        learning_rate=rates.learning_rate,
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),
@@ -209,6 +213,17 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
 
 
+def resized_batch(config: FullConfig, image_size: int) -> int:
+    """Images of this size with as many patches as a batch of the recipe, which is of `data.image_size`."""
+    return config.training.batch_size * config.data.image_size**2 // image_size**2
+
+
+def rate_by_batch(config: FullConfig, batch_size: int) -> float:
+    """What `optimizer.base_batch_size` makes of learning rates for another batch than `training.batch_size`."""
+    scaled = config.optimizer.base_batch_size is not None
+    return math.sqrt(batch_size / config.training.batch_size) if scaled else 1.0
+
+
 def resolve_phases(config: FullConfig) -> tuple[Phase, ...]:
     """The phases of a run; without `training.phases` it is one.
 
@@ -216,13 +231,12 @@ def resolve_phases(config: FullConfig) -> tuple[Phase, ...]:
     """
     sections = config.training.phases or [PhaseSection(config.data.image_size)]
     before = math.fsum(section.share or 0.0 for section in sections[:-1])
-    pixels = config.training.batch_size * config.data.image_size**2
     return tuple(
         Phase(
             section.image_size,
             1.0 - before if section.share is None or number == len(sections) else section.share,
-            section.batch_size or pixels // section.image_size**2,
-            section.learning_rate_factor,
+            batch_size := section.batch_size or resized_batch(config, section.image_size),
+            section.learning_rate_factor * rate_by_batch(config, batch_size),
             config.model.patch_dropout if section.patch_dropout is None else section.patch_dropout,
             section.augment or config.augment,
         )

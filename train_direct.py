@@ -38,7 +38,7 @@ from tagger.report.collect import create_mistakes, telling_curves
 from tagger.rng import mix
 from tagger.run_folder import RunFolder, resume_origin
 from tagger.stop import StoppedEarly, StopRequest
-from validation_loop import Evaluation, EvaluationStopped, evaluate
+from validation_loop import Evaluation, EvaluationStopped, Subject, evaluate_all
 
 logger = logging.getLogger(__name__)
 
@@ -72,25 +72,31 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def validate(parts: Parts, epoch: int) -> Evaluation:
-    """Score the held-out images with the averaged weights where they are kept, and log everything about it."""
+    """Score the held-out images with the averaged weights where they are kept, and log everything about it.
+
+    The weights themselves are scored beside them where `validation.online_weights` asks for it, to be logged alone.
+    """
     config, state, monitor = parts.config, parts.state, parts.monitor
     tags, counts, threshold = parts.vocabulary.tags, parts.vocabulary.counts, config.validation.threshold
     wanted = config.monitor.sample_images if monitor.shows_pictures else 0
     mistakes = create_mistakes(wanted, counts, len(parts.validation_loader.dataset), threshold)
+    collectors = () if mistakes is None else (mistakes,)
+    subjects = [Subject(parts.model, parts.criterion, len(tags), threshold, collectors=collectors)]
+    if state.ema is not None and config.validation.online_weights:
+        subjects.append(Subject(state.ema.online_model(), parts.criterion, len(tags), threshold))
     with state.ema.swapped() if state.ema is not None else contextlib.nullcontext():
-        evaluation = evaluate(
-            parts.model,
+        evaluation, *beside = evaluate_all(
+            subjects,
             parts.validation_loader,
-            parts.criterion,
             state.precision,
             parts.device,
-            num_tags=len(tags),
-            threshold=threshold,
             num_samples=config.monitor.sample_images,
-            collectors=() if mistakes is None else (mistakes,),
             stop=lambda: parts.stop.requested,
         )
-    monitor.log(evaluation.scalars, state.step, epoch)
+    scalars = dict(evaluation.scalars)
+    for online in beside:
+        scalars |= {f"val_online/{name.removeprefix('val/')}": value for name, value in online.scalars.items()}
+    monitor.log(scalars, state.step, epoch)
     monitor.log_histogram("val/average_precision", evaluation.metrics["average_precision"], state.step)
     monitor.log_predictions("val/samples", evaluation.samples, tags, threshold, state.step)
     if monitor.shows_pictures:
@@ -144,7 +150,7 @@ def train(parts: Parts) -> None:
         if due(state.step, config.monitor.log_every_steps):
             phase = parts.phases[window.phase]
             factor = parts.schedule.factor(state.step - 1) * phase.learning_rate_factor
-            scalars = parts.meter.read(config.optimizer.learning_rate * factor, state.precision.nonfinite_steps)
+            scalars = parts.meter.read(parts.learning_rate * factor, state.precision.nonfinite_steps)
             scalars["train/image_size"] = phase.image_size
             scalars["train/checkpoint_lag_seconds"] = parts.manager.lag_s()
             monitor.log(scalars, state.step, window.epoch)

@@ -1,8 +1,7 @@
 """Validation: the one path from a model and held-out images to scores, for the trainer and for this command.
 
-The trainer calls `evaluate`, the command `evaluate_all` beneath it, so both give the same numbers bit for bit on one
-machine. Refuses a run without weights, weights that do not belong to the run's vocabulary, and images that a model was
-trained on.
+The trainer and the command both call `evaluate_all`, so both give the same numbers bit for bit on one machine. Refuses
+a run without weights, weights that do not belong to the run's vocabulary, and images that a model was trained on.
 """
 
 if __name__ == "__main__":
