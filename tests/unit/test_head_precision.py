@@ -1,6 +1,5 @@
 """The head computes in 16 bits, adds up in float32, and what the optimizer keeps is float32."""
 
-import pytest
 import torch
 
 from Configuration_System import OptimizerSection
@@ -46,10 +45,9 @@ def test_the_head_adds_up_in_float32() -> None:
     assert (logits == 4096).all()
 
 
-def test_devices_may_not_add_up_in_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_may_not_add_up_in_sixteen_bits() -> None:
     matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", True)
-    monkeypatch.setattr(matmul, "allow_fp16_reduced_precision_reduction", True)
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
     resolve_device("cpu")
     assert not matmul.allow_bf16_reduced_precision_reduction
     assert not matmul.allow_fp16_reduced_precision_reduction

@@ -179,7 +179,7 @@ def test_impossible_values_are_refused(changes: dict[str, typing.Any], message: 
 
 def test_a_config_saved_before_there_were_rotary_positions_means_learned_ones() -> None:
     values = _model(positions="learned").config.to_dict()
-    for name in ("positions", "register_tokens"):
+    for name in ("positions", "register_tokens", "patch_dropout"):
         del values[name]
     config = VisionTransformerConfig.from_dict(json.loads(json.dumps(values)))
-    assert (config.positions, config.register_tokens) == ("learned", 0)
+    assert (config.positions, config.register_tokens, config.patch_dropout) == ("learned", 0, 0.0)
