@@ -213,6 +213,17 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     )
 
 
+def resized_batch(config: FullConfig, image_size: int) -> int:
+    """Images of this size with as many patches as a batch of the recipe, which is of `data.image_size`."""
+    return config.training.batch_size * config.data.image_size**2 // image_size**2
+
+
+def rate_by_batch(config: FullConfig, batch_size: int) -> float:
+    """What `optimizer.base_batch_size` makes of learning rates for another batch than `training.batch_size`."""
+    scaled = config.optimizer.base_batch_size is not None
+    return math.sqrt(batch_size / config.training.batch_size) if scaled else 1.0
+
+
 def resolve_phases(config: FullConfig) -> tuple[Phase, ...]:
     """The phases of a run; without `training.phases` it is one.
 
@@ -220,13 +231,12 @@ def resolve_phases(config: FullConfig) -> tuple[Phase, ...]:
     """
     sections = config.training.phases or [PhaseSection(config.data.image_size)]
     before = math.fsum(section.share or 0.0 for section in sections[:-1])
-    pixels = config.training.batch_size * config.data.image_size**2
     return tuple(
         Phase(
             section.image_size,
             1.0 - before if section.share is None or number == len(sections) else section.share,
-            section.batch_size or pixels // section.image_size**2,
-            section.learning_rate_factor,
+            batch_size := section.batch_size or resized_batch(config, section.image_size),
+            section.learning_rate_factor * rate_by_batch(config, batch_size),
             config.model.patch_dropout if section.patch_dropout is None else section.patch_dropout,
             section.augment or config.augment,
         )

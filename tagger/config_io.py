@@ -153,6 +153,7 @@ def _check_items(source: str, key: str, items: list[Any], hint: Any) -> None:
         for name in needed:
             if name not in item:
                 raise ConfigError(f"{source}: {place} has no {name}; write it as in {name}: ...")
+        _merge(OmegaConf.structured(group), Layer(f"{source}: {place}", _flatten(item)), hints)
 
 
 def _group_of(hint: Any) -> type | None:

@@ -53,4 +53,6 @@ def autocast_dtype(mode: PrecisionMode, device: torch.device) -> torch.dtype | N
 def product_dtype(like: torch.Tensor) -> torch.dtype:
     """What a matrix product with this tensor of floats is computed in here: autocast's type where that is on."""
     kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    # Torch knows no autocast on "meta", where tensors have shapes alone.
+    enabled = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else like.dtype
