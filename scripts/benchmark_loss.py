@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loss_functions import AsymmetricFocalLoss
+from scripts.gpu_bench.bench import saved_bytes
 from tagger.command import command
 from tagger.compilation import missing_compiler
 from tagger.errors import InputError
@@ -61,16 +62,7 @@ def usual_loss(logits: Tensor, dense: Tensor) -> Tensor:
 
 def kept_bytes(loss: Callable[[Tensor], Tensor], logits: Tensor) -> float:
     """Bytes a logit that autograd keeps for the backward pass, beside the logits themselves."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(logits.detach().requires_grad_())
-    kept.pop(logits.untyped_storage().data_ptr(), None)
-    return sum(kept.values()) / logits.numel()
+    return saved_bytes(lambda: loss(logits.detach().requires_grad_()), [logits]) / logits.numel()
 
 
 def cpu_times(calls: dict[str, Callable[[], None]], turns: int) -> dict[str, float]:

@@ -62,7 +62,7 @@ def test_every_section_measures_and_is_written_down(tmp_path: Path) -> None:
     found = {figure["name"]: figure for section in written["sections"].values() for figure in section["figures"]}
     assert found["176 px: useful tokens, 7 buckets"]["reached"] is True
     assert found["step tiny@32 B=2: host reads"]["goal"] is None
-    assert found["asymmetric loss 4 x 50: plain, saved a logit"]["value"] > 8
+    assert found["asymmetric loss 4 x 50: usual, saved a logit"]["value"] > 8
 
 
 def test_without_timm_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
