@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     )
     parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU, with the counts that need no GPU")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
-    parser.add_argument("--minutes", type=number(), default=7.0, help="no measurement begins later (default: 7)")
+    parser.add_argument("--minutes", type=number(), default=6.5, help="no measurement begins later (default: 6.5)")
     parser.add_argument("--output", type=output_file, metavar="FILE", help="write the figures and every round as JSON")
     options = parser.parse_args(arguments)
     if not options.cpu and not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from tagger.preprocess import Preprocess
 from training_utils import create_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+GUIDE = CONFIGS.parent / "docs" / "training-fast.md"
 RECIPES = ("vit_s_224", "vit_b_448", "vit_l_448", "finetune")
 NUM_TAGS = 20_000
 # Half of a dense bfloat16 product measured on an H200.
@@ -72,6 +73,22 @@ def test_fine_tuning_goes_on_with_the_model_of_the_recipe_it_names() -> None:
     config, model = finetune.optimizer, model_of(finetune)
     rates = {round(group["lr"], 12) for group in create_optimizer(config, model).param_groups}
     assert max(rates) == config.learning_rate and len(rates) > model.config.depth
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_table_of_recipes_has_what_a_million_images_take(name: str) -> None:
+    config, header = recipe(name)
+    model = model_of(config)
+    phases = resolve_phases(config)
+    flops = sum(phase.share * training_flops(model.config, phase.image_size, phase.image_size) for phase in phases)
+    (row,) = [
+        line
+        for line in GUIDE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|") and f"`configs/{name}.yaml`" in line
+    ]
+    assert row.endswith(f"| {1e6 * flops / FLOPS / 3600:.2f} |")
+    memory = next(line for line in header if "GB (computed)" in line).split(" GB")[0].split()[-1]
+    assert f"| {memory} GB |" in row
 
 
 def test_phases_of_the_large_recipes_cost_less_than_six_tenths() -> None:
