@@ -24,6 +24,7 @@ from tagger.data.yardstick import yardstick_sha256
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
+from tagger.objective import TrainingObjective
 from tagger.ontology import ONTOLOGY_FILE
 from tagger.ontology_file import require_unchanged
 from tagger.run_folder import RunFolder, config_path, probe_checkpoints, resume_origin
@@ -60,6 +61,7 @@ class Parts:
     parameters: tuple[torch.nn.Parameter, ...]
     augment: BatchAugment
     criterion: Criterion
+    objective: torch.nn.Module
     schedule: Schedule
     state: TrainState
     boundary: StepBoundary
@@ -147,6 +149,7 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         train_loader.dataset.ontology.save(folder.ontology_path)
     vocabulary.save(folder.vocabulary_path)
     compile_model(model, training.compile, device)
+    criterion = build_criterion(config, vocabulary).to(device)
     red, green, blue = config.data.background
     operations = {name: op and Op(op.probability, op.strength) for name, op in vars(config.augment).items()}
     return Parts(
@@ -159,7 +162,8 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         model=model,
         parameters=tuple(p for p in model.parameters() if p.requires_grad),
         augment=BatchAugment(**operations, fill=(red, green, blue)),
-        criterion=build_criterion(config, vocabulary).to(device),
+        criterion=criterion,
+        objective=TrainingObjective(model, criterion),
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),

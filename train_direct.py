@@ -54,8 +54,7 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
         batch = host.to(parts.device, non_blocking=True)
         images = parts.augment(batch.images, keys)
         with state.precision.autocast():
-            logits = parts.model(images, batch.valid_sizes)
-        loss = parts.criterion(logits, batch.tag_indices, batch.tag_offsets)
+            loss = parts.objective(images, batch.valid_sizes, batch.tag_indices, batch.tag_offsets)
         # Divided by the window's own images, so that a short last window weighs each image as much as any other.
         state.precision.backward(loss / window.num_images)
         total += loss.detach()
