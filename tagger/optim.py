@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tagger.errors import InputError
 from tagger.module_state import clean_name
+from tagger.sharding import like
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ def load_optimizer(
         owner, _, key = name.rpartition("/")
         if owner not in by_name or (tensor.ndim > 0 and tensor.shape != by_name[owner].shape):
             raise InputError(f"the checkpoint's optimizer state {name} {list(tensor.shape)} fits no parameter here")
-        state.setdefault(owner, {})[key] = tensor
+        state.setdefault(owner, {})[key] = like(tensor, by_name[owner]) if tensor.ndim else tensor
     packed = optimizer.state_dict()
     packed["state"] = {index: state[name] for index, name in enumerate(by_name) if name in state}
     optimizer.load_state_dict(packed)
