@@ -86,7 +86,7 @@ def validate(parts: Parts, epoch: int) -> dict[str, float]:
     mistakes = create_mistakes(wanted, counts, len(parts.validation_loader.dataset), threshold)
     image_size = config.data.image_size
     feed = parts.parallel.validation_feed(parts.validation_loader, lambda: parts.stop.requested, image_size)
-    with state.ema.swapped() if state.ema is not None else contextlib.nullcontext():
+    with state.ema.swapped() if state.ema is not None else contextlib.nullcontext(), parts.parallel.forward_only():
         evaluation = evaluate(
             parts.model,
             feed,

@@ -11,6 +11,7 @@ no such thing: each rank normalises by its own batch, and the running statistics
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, cast
 
@@ -69,7 +70,12 @@ class Parallel:
             _shard(model)
         elif not ranks.alone:
             # Buffers are the same on all ranks between updates by what `settle_buffers` does.
-            self.objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():
+                # The newer name of the first option is not in every torch that this runs with.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.objective = DistributedDataParallel(
+                    objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         self._statistics = [
             statistic
             for module in model.modules()
@@ -105,6 +111,15 @@ class Parallel:
         """Replace a scalar by its sum over all ranks, on the device; NaN on any is NaN on all."""
         if not self.ranks.alone:
             dist.all_reduce(value)
+
+    @contextlib.contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """Around forward passes without a backward one: what a sharded model gathered for them is let go after them."""
+        try:
+            yield
+        finally:
+            if self.sharded:
+                cast(Any, self._model).reshard()
 
     def validation_feed(
         self, loader: Iterable[tuple[Batch, Any]], stop: Callable[[], bool], image_size: int
