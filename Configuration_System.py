@@ -206,13 +206,15 @@ class ModelSection(Section):
 class LossSection(Section):
     """What is minimised: a sum over tags, averaged over images."""
 
-    name: Literal["asymmetric_focal", "focal", "binary_cross_entropy"] = "asymmetric_focal"
+    name: Literal["asymmetric_focal", "focal", "binary_cross_entropy", "hill", "splc"] = "asymmetric_focal"
     gamma_neg: float = setting(4.0, NOT_NEGATIVE)
     gamma_pos: float = setting(0.0, NOT_NEGATIVE)
     clip: float = 0.05
+    correct_above: float = setting(0.6, SHARE)
     rating_weight: float | None = setting(None, NOT_NEGATIVE)
     tag_weight_power: float = setting(0.0, NOT_NEGATIVE)
     ignored_tags: list[str] = field(default_factory=list)
+    chunk_tags: int | None = setting(None, POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -121,7 +121,7 @@ def build(
     model.to(device)
     synchronise_norms(model, ranks, device)
     criterion = build_criterion(config, vocabulary).to(device)
-    parallel = Parallel(TrainingObjective(model, criterion), model, ranks, training.parallel)
+    parallel = Parallel(TrainingObjective(model, criterion, config.loss.chunk_tags), model, ranks, training.parallel)
     state = TrainState(
         model,
         create_optimizer(config.optimizer, model),
@@ -160,7 +160,8 @@ def build(
         if train_loader.dataset.ontology is not None:
             train_loader.dataset.ontology.save(folder.ontology_path)
         vocabulary.save(folder.vocabulary_path)
-    compile_model(model, training.compile, device)
+    if compile_model(model, training.compile, device):
+        criterion.use_compiled()
     red, green, blue = config.data.background
     operations = {name: op and Op(op.probability, op.strength) for name, op in vars(config.augment).items()}
     return Parts(

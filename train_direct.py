@@ -51,6 +51,7 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     """One update: loss summed over the images of all ranks, gradient norm, whether it was left out; device scalars."""
     config, state, parallel = parts.config, parts.state, parts.parallel
     total = torch.zeros((), device=parts.device)
+    parts.criterion.begin_epoch(window.epoch)
     # The window's own images, so that a short last window weighs each image as much as any other.
     num_images = parallel.begin_window(config.training.seed, state.step, window.num_images, parts.device)
     for number, host in enumerate(window.batches, 1):

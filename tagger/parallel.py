@@ -172,10 +172,12 @@ class ValidationFeed:
 
 def _shard(model: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # The objective may call it in the place of `forward`; the head's weights stay gathered until the backward pass.
+    register_fsdp_forward_method(model, "forward_features")
