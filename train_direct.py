@@ -198,8 +198,8 @@ def rescue(parts: Parts, error: Exception) -> None:
             # With several ranks these are the images of the first; the others had as many of their own.
             write_json(parts.folder.diverged_path, {**content, "num_ranks": parts.ranks.world_size})
         return
-    if parts.parallel.sharded:
-        logger.error("the state of this step is spread over the ranks, which no longer work together: it is not saved")
+    if not parts.parallel.can_save_after(error):
+        logger.error("the ranks no longer work together, so that the state of this step is not to be had: not saved")
         return
     if not parts.boundary.intact:
         logger.error("the error came in the middle of an update, whose state cannot be saved")
@@ -330,13 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [*options.overrides, *(f"{key}={value}" for key, value in named.items() if value)]
     config = load_config(options.config, words)
     check_paths(config)
+    is_main = os.environ.get("RANK", "0") == "0"
     if options.validate_only:
-        print(check(config))
+        found = check(config)
+        if is_main:
+            print(found)
         return 0
     code = run(config)
-    if (
-        os.environ.get("RANK", "0") == "0" and config.run.folder.is_dir()
-    ):  # a start that was stopped at once leaves none
+    if is_main and config.run.folder.is_dir():  # a start that was stopped at once leaves none
         print_if_read(f"run: {config.run.folder}")
     return code
 

@@ -27,7 +27,7 @@ from tagger.rng import mix, stable_id
 
 _JOIN_TIMEOUT = timedelta(minutes=30)
 # How long a rank waits for one that is silent and whose connection stands: longer than any outage that is waited out.
-_SILENCE_TIMEOUT = timedelta(hours=2)
+_SILENCE_TIMEOUT = timedelta(hours=1)
 _POLL_S = 0.05
 _LAST_WORDS_S = 2.0
 _FAILURE = "failure"
@@ -209,9 +209,14 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After an error others may be in the middle of an exchange: they notice when this process ends.
         if error is None and not self._ended_badly:
             self.close()
+        elif not self.alone and dist.get_backend() == "nccl":
+            # What the device waits for from a rank that is gone must not keep this process from ending. With gloo the
+            # others notice that it has ended.
+            from torch.distributed.distributed_c10d import _abort_process_group
+
+            _abort_process_group()
 
     def _next_key(self, what: str) -> str:
         self._said += 1

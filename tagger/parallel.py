@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tagger.batch import Batch
 from tagger.distributed import ALONE, Ranks
-from tagger.errors import InputError
+from tagger.errors import InputError, PeerFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,14 @@ class Parallel:
         """Replace a scalar by its sum over all ranks, on the device; NaN on any is NaN on all."""
         if not self.ranks.alone:
             dist.all_reduce(value)
+
+    def can_save_after(self, error: Exception) -> bool:
+        """Whether this rank alone can still save its last step boundary after an error."""
+        if self.ranks.alone:
+            return True
+        # A CUDA device may be waiting for gradients of a rank that is gone.
+        lost_on_device = isinstance(error, PeerFailedError) and dist.get_backend() != "gloo"
+        return not self.sharded and not lost_on_device
 
     @contextlib.contextmanager
     def forward_only(self) -> Iterator[None]:
