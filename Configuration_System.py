@@ -22,6 +22,7 @@ from tagger.config_checks import (
     Section,
     existing_files,
     existing_folder,
+    phase_settings,
     require,
     setting,
     split_settings,
@@ -193,7 +194,10 @@ class ModelSection(Section):
     layer_scale_init: float | None = setting(None, POSITIVE)
     drop_path: float = setting(0.0, BELOW_ONE)
     dropout: float = setting(0.0, BELOW_ONE)
+    patch_dropout: float = setting(0.0, BELOW_ONE)
     head_bias: Literal["log_prior", "zero"] = "log_prior"
+    positions: Literal["learned", "rotary"] = "learned"
+    register_tokens: int = setting(0, NOT_NEGATIVE)
     mask_padding: bool = False
 
     @property
@@ -226,9 +230,11 @@ class LossSection(Section):
 class OptimizerSection(Section):
     """How weights move. `muon`: Muon for the blocks' matrices and the stem's kernels, AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = setting(1e-3, POSITIVE)
     muon_learning_rate: float = setting(0.02, POSITIVE)
+    base_batch_size: int | None = setting(None, POSITIVE)
+    layer_decay: float | None = setting(None, SHARE.with_remedy("0.75 is usual, null turns it off"))
     weight_decay: float = setting(0.05, NOT_NEGATIVE)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = setting(1e-8, POSITIVE)
@@ -255,6 +261,18 @@ class SchedulerSection(Section):
 
 
 @dataclass
+class PhaseSection(Section):
+    """A part of the run at an image size of its own; null: as the recipe has it, but batches of as many tokens."""
+
+    image_size: int = field(metadata={"range": POSITIVE})
+    share: float | None = setting(None, SHARE)
+    batch_size: int | None = setting(None, POSITIVE)
+    learning_rate_factor: float = setting(1.0, POSITIVE)
+    patch_dropout: float | None = setting(None, BELOW_ONE)
+    augment: AugmentSection | None = None
+
+
+@dataclass
 class TrainingSection(Section):
     """The loop."""
 
@@ -270,6 +288,7 @@ class TrainingSection(Section):
     ema_decay: float | None = setting(0.999, SHARE.with_remedy("try 0.999, or null to turn it off"))
     early_stopping_patience: int | None = setting(None, POSITIVE)
     early_stopping_min_delta: float = setting(0.0, NOT_NEGATIVE)
+    phases: list[PhaseSection] = field(default_factory=list)
 
 
 @dataclass
@@ -282,6 +301,7 @@ class ValidationSection(Section):
     threshold_objective: Literal["f1", "equal", "precision", "tags_per_image"] = "f1"
     threshold_precision: float = 0.9
     threshold_tags_per_image: float | None = setting(None, POSITIVE)
+    online_weights: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -350,6 +370,12 @@ class FullConfig:
             f"training.early_stopping_patience={self.training.early_stopping_patience} never acts within "
             f"training.num_epochs={self.training.num_epochs}",
             "lower it, or set it to null",
+        )
+        phase_settings(
+            [(phase.image_size, phase.share) for phase in self.training.phases],
+            self.data.image_size,
+            self.model.resolved_patch_size,
+            buckets=self.data.fit == "buckets",
         )
 
 

@@ -278,7 +278,7 @@ class _ConsoleProgress:
 
     def show(self, values: Mapping[str, float], step: int, epoch: int) -> None:
         figures = _training_figures(values)
-        others = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("val/")]
+        others = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("val/", "val_online/"))]
         if self._bar is not None and figures:
             shown = figures if self._console.width >= WIDE_COLUMNS else _training_figures(values, NARROW_FIGURES)
             self._bar.update(self._task, completed=step, epoch=epoch + 1, figures="  ".join(shown))

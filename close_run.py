@@ -4,7 +4,7 @@ Nothing here ends a run that could go on: a full disk costs a line in the log.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -30,11 +30,18 @@ from validation_loop import Evaluation, EvaluationStopped, Subject, build_criter
 logger = logging.getLogger(__name__)
 
 
-def log_validation(parts: Parts, evaluation: Evaluation, mistakes: ConfidentMistakes | None, epoch: int) -> None:
-    """Numbers, curves and pictures of an evaluation; with several ranks the pictures are of what rank 0 has scored."""
+def log_validation(parts: Parts, done: Sequence[Evaluation], mistakes: ConfidentMistakes | None, epoch: int) -> None:
+    """Numbers, curves and pictures of an evaluation; beside it, the numbers of the online weights, if there are two.
+
+    With several ranks pictures are of what rank 0 has scored.
+    """
     config, state, monitor = parts.config, parts.state, parts.monitor
     tags, counts, threshold = parts.vocabulary.tags, parts.vocabulary.counts, config.validation.threshold
-    monitor.log(evaluation.scalars, state.step, epoch)
+    evaluation, *beside = done
+    scalars = dict(evaluation.scalars)
+    for online in beside:
+        scalars |= {f"val_online/{name.removeprefix('val/')}": value for name, value in online.scalars.items()}
+    monitor.log(scalars, state.step, epoch)
     monitor.log_histogram("val/average_precision", evaluation.metrics["average_precision"], state.step)
     monitor.log_predictions("val/samples", evaluation.samples, tags, threshold, state.step)
     if monitor.shows_pictures:

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from Configuration_System import SchedulerSection
+from Configuration_System import OptimizerSection, SchedulerSection
 from tagger.errors import InputError
 from tagger.registry import Registry
 
@@ -181,7 +181,7 @@ class Course:
 
 
 def plan_course(
-    before: Course | None, step: int, images_seen: int, updates_left: int, images_an_update: int, on_change: str
+    before: Course | None, step: int, images_seen: int, updates_left: int, images_left: int, on_change: str
 ) -> Course:
     """The course of a run that has made ``step`` updates and has ``updates_left``; ``before`` is what it was on.
 
@@ -205,7 +205,7 @@ def plan_course(
     if on_change == "keep":
         logger.warning("%s; the learning rate keeps to its old course", moved)
         return replace(before, end_step=total_steps)
-    share = images_seen / (images_seen + updates_left * images_an_update) if updates_left else 1.0
+    share = images_seen / (images_seen + images_left) if updates_left else 1.0
     logger.warning("%s; the learning rate goes on from %.1f %% of its schedule", moved, 100 * share)
     return Course(total_steps, step, share)
 
@@ -227,13 +227,31 @@ class CourseSchedule:
         return self.inner.factor(min(round(share * course.total_steps), course.total_steps))
 
 
-def apply(schedule: Schedule, optimizer: Optimizer, step: int) -> float:
-    """Set every group's ``lr`` to its ``initial_lr`` times the factor at ``step``, and return the factor.
+def scale_learning_rates(section: OptimizerSection, images_an_update: int) -> OptimizerSection:
+    """The section with its learning rates, tuned at updates of ``base_batch_size`` images, for as many as now.
+
+    They grow with the square root, as suits Adam's kind of step (Malladi et al. 2022; betas and eps, which the paper
+    moves too, stay). Without a ``base_batch_size`` the section is returned as it is.
+    """
+    if section.base_batch_size is None:
+        return section
+    factor = math.sqrt(images_an_update / section.base_batch_size)
+    message = "learning rates times %.3g: updates of %d images, tuned at optimizer.base_batch_size=%d"
+    logger.info(message, factor, images_an_update, section.base_batch_size)
+    return replace(
+        section,
+        learning_rate=section.learning_rate * factor,
+        muon_learning_rate=section.muon_learning_rate * factor,
+    )
+
+
+def apply(schedule: Schedule, optimizer: Optimizer, step: int, scale: float = 1.0) -> float:
+    """Set every group's ``lr`` to its ``initial_lr`` times the factor at ``step`` times ``scale``; returns the product.
 
     A group's ``initial_lr`` is its ``lr`` when it is first seen, and travels with the optimizer's state dict. An ``lr``
     that is a tensor is filled in place, so that a captured or compiled update sees the change.
     """
-    factor = schedule.factor(step)
+    factor = schedule.factor(step) * scale
     for group in optimizer.param_groups:
         base = group.setdefault("initial_lr", float(group["lr"]))
         if isinstance(group["lr"], Tensor):

@@ -5,25 +5,28 @@ Refuses, with InputError, what cannot be trained as asked, before anything is wr
 
 import json
 import logging
+import math
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from Configuration_System import FullConfig, changed_settings, split_changes
+from Configuration_System import AugmentSection, FullConfig, PhaseSection, changed_settings, split_changes
 from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
-from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course
+from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course, scale_learning_rates
 from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
 from tagger.checkpoint.follower import CheckpointFollower
 from tagger.checkpoint.format import LoadedCheckpoint, read_checkpoint
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
-from tagger.data.windows import windows_left
+from tagger.data.phases import PhasePlan
+from tagger.data.windows import Feed, Left
 from tagger.data.yardstick import yardstick_sha256
 from tagger.distributed import ALONE, Ranks
 from tagger.errors import InputError
@@ -33,6 +36,7 @@ from tagger.objective import TrainingObjective
 from tagger.ontology import ONTOLOGY_FILE
 from tagger.ontology_file import require_unchanged
 from tagger.parallel import Parallel, require_shardable, synchronise_norms
+from tagger.preprocess import Preprocess
 from tagger.run_folder import RunFolder, config_path, probe_checkpoints, resume_origin
 from tagger.stop import StopRequest
 from tagger.transfer import find_initial_weights, start_from
@@ -54,6 +58,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A phase of a run: its section of the configuration with every null put in."""
+
+    image_size: int
+    share: float
+    batch_size: int
+    learning_rate_factor: float
+    patch_dropout: float
+    augment: AugmentSection
+
+
+@dataclass(frozen=True)
 class Parts:
     """Everything that the loop uses, built once."""
 
@@ -66,10 +82,13 @@ class Parts:
     validation_loader: DataLoader
     model: SimplifiedTagger
     parameters: tuple[torch.nn.Parameter, ...]
-    augment: BatchAugment
+    phases: tuple[Phase, ...]
+    augments: tuple[BatchAugment, ...]  # of the phases
+    feed: Feed
     criterion: Criterion
     objective: torch.nn.Module
     parallel: Parallel
+    learning_rate: float  # of the head, before the schedule
     schedule: Schedule
     state: TrainState
     boundary: StepBoundary
@@ -111,7 +130,7 @@ def build(
     vocabulary, train_loader, validation_loader, model = open_for_all(config, folder, ranks)
     yardstick = measured_with(config, vocabulary, validation_loader)
     facts = {"configuration": digest(nameless(config)), "vocabulary": vocabulary.sha256}
-    ranks.require_same({**facts, "data set": json.dumps(train_loader.identity), "validation part": yardstick})
+    ranks.require_same({**facts, "data set": json.dumps(train_loader.order.identity), "validation part": yardstick})
     manager = open_checkpoints(config, folder, vocabulary, yardstick, ranks)
     # Where the weights come from, the first that applies: 1. the checkpoint to resume from (with checkpoint.resume=auto
     # there may be none); 2. the weights of another run (checkpoint.init_from); 3. scratch.
@@ -122,33 +141,42 @@ def build(
     synchronise_norms(model, ranks, device)
     criterion = build_criterion(config, vocabulary).to(device)
     parallel = Parallel(TrainingObjective(model, criterion, config.loss.chunk_tags), model, ranks, training.parallel)
+    images_an_update = training.batch_size * training.accumulation_steps * ranks.world_size
+    rates = scale_learning_rates(config.optimizer, images_an_update)
     state = TrainState(
         model,
-        create_optimizer(config.optimizer, model),
+        create_optimizer(rates, model),
         MixedPrecisionTrainer(training.mixed_precision, device),
         None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
         EarlyStopping.from_config(training, config.checkpoint.best_metric, yardstick),
     )
+    phases, feed = open_phases(config, train_loader)
     if loaded is not None:
         state.restore(loaded)
         logger.info("resumed from %s: step %d, epoch %d", loaded.path, state.step, state.epoch + 1)
         if state.position is not None:
-            state.position = train_loader.carry_over(state.position)
-    left = windows_left(train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps)
+            state.position = feed.loader_at(state.position, state.epoch).order.carry_over(state.position)
+    remaining = feed.left(state.position, state.epoch)
+    left = sum(remaining.updates)
     saved = cast(dict[str, Any], state.extra)
     course = plan_course(
         None if loaded is None else Course(**saved["course"]),
         state.step,
         state.samples_seen,
         left,
-        training.batch_size * training.accumulation_steps * ranks.world_size,
+        sum(remaining.images),
         config.checkpoint.on_schedule_change,
     )
     state.extra["course"] = asdict(course)
+    for line in describe_phases(phases, feed, remaining) if len(phases) > 1 else ():
+        logger.info("%s", line)
     guard, meter = UpdateGuard(device), TrainingMeter()
     if loaded is not None:
         guard.load_state_dict(saved["guard"])
         meter.load_state_dict(saved["meter"], device)
+        before, now = saved.get("image_size"), phases[feed.plan.phase_at(state.epoch, state.position)].image_size
+        if before not in (None, now):
+            logger.warning("this place in the run was in the phase of %d px and is in that of %d px now", before, now)
         if not left:
             nothing_left(training.num_epochs, state, yardstick)
     if isinstance(manager, CheckpointManager):
@@ -162,8 +190,6 @@ def build(
         vocabulary.save(folder.vocabulary_path)
     if compile_model(model, training.compile, device):
         criterion.use_compiled()
-    red, green, blue = config.data.background
-    operations = {name: op and Op(op.probability, op.strength) for name, op in vars(config.augment).items()}
     return Parts(
         config=config,
         folder=folder,
@@ -174,10 +200,13 @@ def build(
         validation_loader=validation_loader,
         model=model,
         parameters=tuple(p for p in model.parameters() if p.requires_grad),
-        augment=BatchAugment(**operations, fill=(red, green, blue)),
+        phases=phases,
+        augments=tuple(create_augment(phase.augment, config.data.background) for phase in phases),
+        feed=feed,
         criterion=criterion,
         objective=parallel.objective,
         parallel=parallel,
+        learning_rate=rates.learning_rate,
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
         boundary=StepBoundary(model, device),
@@ -250,6 +279,72 @@ def find_checkpoint(
     loaded = choose_checkpoint(config, folder, manager)
     ranks.broadcast(None if loaded is None else str(loaded.path))
     return loaded
+
+
+def resized_batch(config: FullConfig, image_size: int) -> int:
+    """Images of this size with as many patches as a batch of the recipe, which is of `data.image_size`."""
+    return config.training.batch_size * config.data.image_size**2 // image_size**2
+
+
+def rate_by_batch(config: FullConfig, batch_size: int) -> float:
+    """What `optimizer.base_batch_size` makes of learning rates for another batch than `training.batch_size`."""
+    scaled = config.optimizer.base_batch_size is not None
+    return math.sqrt(batch_size / config.training.batch_size) if scaled else 1.0
+
+
+def resolve_phases(config: FullConfig) -> tuple[Phase, ...]:
+    """The phases of a run; without `training.phases` it is one.
+
+    Where a phase does not say, its batches are of as many patches as `training.batch_size` images of `data.image_size`.
+    """
+    sections = config.training.phases or [PhaseSection(config.data.image_size)]
+    before = math.fsum(section.share or 0.0 for section in sections[:-1])
+    return tuple(
+        Phase(
+            section.image_size,
+            1.0 - before if section.share is None or number == len(sections) else section.share,
+            batch_size := section.batch_size or resized_batch(config, section.image_size),
+            section.learning_rate_factor * rate_by_batch(config, batch_size),
+            config.model.patch_dropout if section.patch_dropout is None else section.patch_dropout,
+            section.augment or config.augment,
+        )
+        for number, section in enumerate(sections, 1)
+    )
+
+
+def open_phases(config: FullConfig, train_loader: DataLoader) -> tuple[tuple[Phase, ...], Feed]:
+    """The phases of a run, and what feeds them: `train_loader`, in other sizes where there are phases."""
+    data, patch_size, phases = config.data, config.model.resolved_patch_size, resolve_phases(config)
+    red, green, blue = data.background
+    loaders = [train_loader]
+    if config.training.phases:
+        sizes = [
+            Preprocess.create(
+                each.image_size, data.fit, patch_size, (red, green, blue), decode_scaling=data.decode_scaling
+            )
+            for each in phases
+        ]
+        loaders = [train_loader.resized(size, each.batch_size) for size, each in zip(sizes, phases, strict=True)]
+    orders = [loader.order for loader in loaders]
+    plan = PhasePlan.create([phase.share for phase in phases], config.training.num_epochs, orders)
+    return phases, Feed(loaders, plan, config.training.accumulation_steps)
+
+
+def describe_phases(phases: Sequence[Phase], feed: Feed, left: Left) -> Iterator[str]:
+    """Each phase for people: its images, and what is left of it."""
+    for number, (phase, start) in enumerate(zip(phases, feed.plan.starts, strict=True)):
+        epochs = start / feed.plan.images_an_epoch
+        yield (
+            f"phase {number + 1} of {len(phases)}: {phase.image_size} px in batches of {phase.batch_size}, from "
+            f"{epochs:.4g} epochs on; {left.updates[number]} updates to come"
+        )
+
+
+def create_augment(section: AugmentSection, background: Sequence[int]) -> BatchAugment:
+    """The operations of a section, on images with this background."""
+    red, green, blue = background
+    operations = {name: op and Op(op.probability, op.strength) for name, op in vars(section).items()}
+    return BatchAugment(**operations, fill=(red, green, blue))
 
 
 def nameless(config: FullConfig) -> FullConfig:

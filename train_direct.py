@@ -40,7 +40,7 @@ from tagger.report.collect import create_mistakes
 from tagger.rng import mix
 from tagger.run_folder import RunFolder, resume_origin
 from tagger.stop import StoppedEarly, StopRequest
-from validation_loop import EvaluationStopped, evaluate
+from validation_loop import EvaluationStopped, Subject, evaluate_all
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ RESUME_HELP = "go on with the run of the same name, which must exist; auto: or s
 
 def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     """One update: loss summed over the images of all ranks, gradient norm, whether it was left out; device scalars."""
-    config, state, parallel = parts.config, parts.state, parts.parallel
+    config, state, parallel, phase = parts.config, parts.state, parts.parallel, parts.phases[window.phase]
+    parts.model.patch_dropout = phase.patch_dropout
     total = torch.zeros((), device=parts.device)
     parts.criterion.begin_epoch(window.epoch)
     # The window's own images, so that a short last window weighs each image as much as any other.
@@ -57,14 +58,14 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     for number, host in enumerate(window.batches, 1):
         keys = mix(config.training.seed, window.epoch, host.row_ids.numpy())
         batch = host.to(parts.device, non_blocking=True)
-        images = parts.augment(batch.images, keys)
+        images = parts.augments[window.phase](batch.images, keys)
         with parallel.batch(is_last=number == len(window.batches)):
             with state.precision.autocast():
                 loss = parts.objective(images, batch.valid_sizes, batch.tag_indices, batch.tag_offsets)
             state.precision.backward(loss / num_images)
         total += loss.detach()
     parallel.add_up(total)
-    apply(parts.schedule, state.optimizer, state.step)
+    apply(parts.schedule, state.optimizer, state.step, phase.learning_rate_factor)
     parts.boundary.begin_update()
     clip = config.training.clip_grad_norm
     grad_norm, left_out = state.precision.step(state.optimizer, parts.parameters, clip, total)
@@ -79,31 +80,32 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
 def validate(parts: Parts, epoch: int) -> dict[str, float]:
     """Score the held-out images with the averaged weights where they are kept, and log everything about it.
 
+    The weights themselves are scored beside them where `validation.online_weights` asks for it, to be logged alone.
     Each rank scores its share; the scalars that are returned are those of all images, on every rank.
     """
     config, state = parts.config, parts.state
     tags, counts, threshold = parts.vocabulary.tags, parts.vocabulary.counts, config.validation.threshold
     wanted = config.monitor.sample_images if parts.monitor.shows_pictures else 0
     mistakes = create_mistakes(wanted, counts, len(parts.validation_loader.dataset), threshold)
+    collectors = () if mistakes is None else (mistakes,)
+    subjects = [Subject(parts.model, parts.criterion, len(tags), threshold, collectors=collectors)]
+    if state.ema is not None and config.validation.online_weights:
+        subjects.append(Subject(state.ema.online_model(), parts.criterion, len(tags), threshold))
     image_size = config.data.image_size
     feed = parts.parallel.validation_feed(parts.validation_loader, lambda: parts.stop.requested, image_size)
     with state.ema.swapped() if state.ema is not None else contextlib.nullcontext(), parts.parallel.forward_only():
-        evaluation = evaluate(
-            parts.model,
+        done = evaluate_all(
+            subjects,
             feed,
-            parts.criterion,
             state.precision,
             parts.device,
-            num_tags=len(tags),
-            threshold=threshold,
             num_samples=config.monitor.sample_images,
-            collectors=() if mistakes is None else (mistakes,),
             stop=feed.stop,
             ranks=parts.ranks,
         )
-    if evaluation is not None:
-        log_validation(parts, evaluation, mistakes, epoch)
-    scalars = parts.ranks.broadcast(None if evaluation is None else dict(evaluation.scalars))
+    if done:
+        log_validation(parts, done, mistakes, epoch)
+    scalars = parts.ranks.broadcast(dict(done[0].scalars) if done else None)
     state.extra["final"] = scalars
     return cast(dict[str, float], scalars)
 
@@ -127,10 +129,7 @@ def close_epoch(parts: Parts, epoch: int) -> tuple[dict[str, float] | None, bool
 def train(parts: Parts) -> None:
     """The loop: fetch, step, then perhaps log, validate, save, stop."""
     config, state, monitor = parts.config, parts.state, parts.monitor
-    training = config.training
-    feed = accumulation_windows(
-        parts.train_loader, state.position, state.epoch, training.num_epochs, training.accumulation_steps
-    )
+    windows = accumulation_windows(parts.feed, state.position, state.epoch)
     started = time.perf_counter() - state.seconds
     stopping = state.early_stopping is not None and state.early_stopping.exhausted
     if "owed_validation" in state.extra:
@@ -139,7 +138,7 @@ def train(parts: Parts) -> None:
         save(parts, made_up_for)
     while state.step < parts.total_steps and not stopping:
         asked = time.perf_counter()
-        window = next(feed)
+        window = next(windows)
         waited_s = time.perf_counter() - asked
 
         loss, grad_norm, left_out = train_step(parts, window)
@@ -157,8 +156,10 @@ def train(parts: Parts) -> None:
             parts.guard.add(state.step, left_out, [batch.row_ids for batch in window.batches])
 
         if due(state.step, config.monitor.log_every_steps):
-            learning_rate = config.optimizer.learning_rate * parts.schedule.factor(state.step - 1)
-            scalars = parts.meter.read(learning_rate, state.precision.nonfinite_steps)
+            phase = parts.phases[window.phase]
+            factor = parts.schedule.factor(state.step - 1) * phase.learning_rate_factor
+            scalars = parts.meter.read(parts.learning_rate * factor, state.precision.nonfinite_steps)
+            scalars["train/image_size"] = phase.image_size
             scalars["train/checkpoint_lag_seconds"] = parts.manager.lag_s()
             monitor.log(scalars, state.step, window.epoch)
         for failure in parts.manager.poll():
@@ -179,6 +180,7 @@ def save(parts: Parts, scalars: dict[str, float] | None = None, *, wait: bool = 
     """A checkpoint of the last step boundary, and `results.json` of the same moment."""
     state = parts.state
     parts.folder.require_ours()
+    state.extra["image_size"] = parts.phases[parts.feed.plan.phase_at(state.epoch, state.position)].image_size
     state.extra["meter"], state.extra["guard"] = parts.meter.state_dict(), parts.guard.state_dict()
     parts.manager.save(state, scalars, wait=wait)
     write_results(parts, Ending("running"))

@@ -36,17 +36,20 @@ from tagger.compilation import CompileMode, compile_blocks
 from tagger.devices import PrecisionMode, autocast_dtype, resolve_device
 from tagger.ema import ExponentialMovingAverage
 from tagger.errors import InputError
-from tagger.module_state import clean_name, load_tensors, named_tensors
+from tagger.module_state import load_tensors, named_tensors
 from tagger.optim import (
+    Adafactor,
     AdamW,
     DeviceSkipping,
     Group,
     Muon,
     MuonAdamW,
+    is_inner_matrix,
     load_optimizer,
     optimizer_settings,
     optimizer_stand_ins,
     optimizer_tensors,
+    parameter_groups,
     parameter_names,
 )
 from tagger.registry import Registry
@@ -173,22 +176,6 @@ class MixedPrecisionTrainer:
         self._good_steps.fill_(values["good_steps"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Trainable parameters in two groups: weights of linear maps and convolutions decay, everything else does not.
-
-    What stays without decay: norms, biases, layer scale, position embeddings, class tokens.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if _decays(name, p)]
-    others = [p for name, p in named if not _decays(name, p)]
-    groups: list[Group] = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def _decays(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim >= 2 and clean_name(name).endswith("weight")
-
-
 OptimizerFactory: TypeAlias = Callable[[OptimizerSection, nn.Module], Optimizer]
 OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
 
@@ -203,7 +190,13 @@ def create_optimizer(section: OptimizerSection, model: nn.Module) -> Optimizer:
 
 @OPTIMIZERS.register("adamw")
 def _adamw(section: OptimizerSection, model: nn.Module) -> AdamW:
-    return _adamw_of(section, parameter_groups(model, section.weight_decay))
+    return _adamw_of(section, _groups(section, model, section.learning_rate))
+
+
+@OPTIMIZERS.register("adafactor")
+def _adafactor(section: OptimizerSection, model: nn.Module) -> Adafactor:
+    groups = _groups(section, model, section.learning_rate)
+    return Adafactor(groups, lr=section.learning_rate, betas=(section.betas[0], section.betas[1]))
 
 
 @OPTIMIZERS.register("muon")
@@ -214,21 +207,20 @@ def _muon(section: OptimizerSection, model: nn.Module) -> MuonAdamW:
     the size of the step in spectral norm, which suits any width. Tuned on real icons, "match_rms_adamw" came out the
     same (mAP 0.33 at 0.004 against 0.32 at 0.02, one seed each).
     """
-    inner = [
-        p
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.ndim >= 2 and not {"blocks", "stages"}.isdisjoint(clean_name(name).split("."))
-    ]
+    inner = _groups(section, model, section.muon_learning_rate, wanted=is_inner_matrix)
     if not inner:
         raise InputError("optimizer.name=muon, but this model has no matrices in `blocks`; use optimizer.name=adamw")
-    taken = {id(p) for p in inner}
-    groups = [
-        {**group, "params": rest}
-        for group in parameter_groups(model, section.weight_decay)
-        if (rest := [p for p in group["params"] if id(p) not in taken])
-    ]
-    muon = Muon(inner, lr=section.muon_learning_rate, weight_decay=section.weight_decay, adjust_lr_fn="original")
-    return MuonAdamW(muon, _adamw_of(section, groups))
+    rest = _groups(section, model, section.learning_rate, wanted=lambda name, p: not is_inner_matrix(name, p))
+    return MuonAdamW(Muon(inner, lr=section.muon_learning_rate, adjust_lr_fn="original"), _adamw_of(section, rest))
+
+
+def _groups(
+    section: OptimizerSection,
+    model: nn.Module,
+    learning_rate: float,
+    wanted: Callable[[str, Tensor], bool] | None = None,
+) -> list[Group]:
+    return parameter_groups(model, learning_rate, section.weight_decay, layer_decay=section.layer_decay, wanted=wanted)
 
 
 def _adamw_of(section: OptimizerSection, groups: list[Group]) -> AdamW:

@@ -1,8 +1,7 @@
 """Validation: the one path from a model and held-out images to scores, for the trainer and for this command.
 
-The trainer calls `evaluate`, the command `evaluate_all` beneath it, so both give the same numbers bit for bit on one
-machine. Refuses a run without weights, weights that do not belong to the run's vocabulary, and images that a model was
-trained on.
+The trainer and the command both call `evaluate_all`, so both give the same numbers bit for bit on one machine. Refuses
+a run without weights, weights that do not belong to the run's vocabulary, and images that a model was trained on.
 """
 
 if __name__ == "__main__":
@@ -60,7 +59,7 @@ from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.metrics.keys import logit_of
 from tagger.metrics.thresholds import Decisions, decide
-from tagger.module_state import check_tensors, named_tensors
+from tagger.module_state import check_weights, named_tensors
 from tagger.ontology import relate
 from tagger.output import reader_may_leave
 from tagger.report.collect import ReportCollector
@@ -254,9 +253,7 @@ def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:
 
 def put_weights(model: SimplifiedTagger, weights: NamedWeights, config: FullConfig, device: torch.device) -> nn.Module:
     """The model on its device with these weights, compiled as in training. Raises InputError where they do not fit."""
-    # Position embeddings of another image size are resized as they are loaded.
-    current, saved = ({k: v for k, v in t.items() if k != "pos_embed"} for t in (named_tensors(model), weights.tensors))
-    check_tensors(current, saved, weights.name)
+    check_weights(named_tensors(model), weights.tensors, weights.name)
     model.load_state_dict(weights.tensors)
     model.to(device)
     compile_model(model, config.training.compile, device)

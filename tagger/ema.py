@@ -58,6 +58,23 @@ class ExponentialMovingAverage:
             self._exchange()
             self._swapped = False
 
+    def online_model(self) -> nn.Module:
+        """The model with its own weights while it holds the averaged ones: they are exchanged around each forward pass.
+
+        So that both are scored in one pass over the images. A second model in memory would cost as much as the average
+        itself; exchanging costs a few copies of the weights a batch, little beside a forward pass of some images.
+        """
+        return _Online(self, self._model)
+
+    @contextmanager
+    def _swapped_back(self) -> Iterator[None]:
+        assert self._swapped, "the model holds its own weights already"
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
     @torch.no_grad()
     def _exchange(self) -> None:
         pairs = zip(self._weights + self._buffers, self._averages + self._buffer_copies, strict=True)
@@ -79,3 +96,15 @@ class ExponentialMovingAverage:
     def reset(self) -> None:
         """Start again from the model's present weights."""
         self.load_state_dict(named_tensors(self._model), 0)
+
+
+class _Online(nn.Module):
+    def __init__(self, average: ExponentialMovingAverage, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self._average = model, average
+        self.train(model.training)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with self._average._swapped_back():
+            outputs: Tensor = self.model(*inputs)
+        return outputs

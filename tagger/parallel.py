@@ -122,12 +122,20 @@ class Parallel:
 
     @contextlib.contextmanager
     def forward_only(self) -> Iterator[None]:
-        """Around forward passes without a backward one: what a sharded model gathered for them is let go after them."""
+        """Around forward passes without a backward one: what a sharded model gathers for each is let go after it.
+
+        Else the next one would not see weights that were exchanged in between.
+        """
+        if not self.sharded:
+            yield
+            return
+        model = cast(Any, self._model)
+        model.set_reshard_after_forward(True, recurse=False)
         try:
             yield
         finally:
-            if self.sharded:
-                cast(Any, self._model).reshard()
+            model.set_reshard_after_forward(False, recurse=False)
+            model.reshard()
 
     def validation_feed(
         self, loader: Iterable[tuple[Batch, Any]], stop: Callable[[], bool], image_size: int

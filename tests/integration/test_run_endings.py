@@ -256,7 +256,7 @@ def test_a_save_that_fails_is_told_while_the_run_goes_on(
 def test_a_validation_that_failed_is_made_up_for(
     straight: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_direct.evaluate
+    real = train_direct.evaluate_all
     calls = 0
 
     def failing(*words: object, **more: object) -> object:
@@ -267,7 +267,7 @@ def test_a_validation_that_failed_is_made_up_for(
         return real(*words, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_direct, "evaluate", failing)
+        patch.setattr(train_direct, "evaluate_all", failing)
         assert train_direct.main(arguments(images, tmp_path, "run")) == 5
     assert_goes_on_as(straight, images, tmp_path / "run")
     scores = [
@@ -449,7 +449,7 @@ def test_a_disk_that_hangs_holds_up_no_step_and_gives_up_history_out_loud(
 def test_a_stop_during_validation_saves_at_once_and_makes_up_for_it(
     straight: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_direct.evaluate
+    real = train_direct.evaluate_all
 
     def interrupted(*words: object, **more: object) -> object:
         if not (tmp_path / "run" / "asked").exists():
@@ -458,7 +458,7 @@ def test_a_stop_during_validation_saves_at_once_and_makes_up_for_it(
         return real(*words, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_direct, "evaluate", interrupted)
+        patch.setattr(train_direct, "evaluate_all", interrupted)
         assert train_direct.main(arguments(images, tmp_path, "run")) == 0
     assert results_of(tmp_path / "run")["steps"] == 5
     assert_goes_on_as(straight, images, tmp_path / "run")

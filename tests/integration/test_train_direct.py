@@ -111,6 +111,23 @@ def test_every_line_of_the_metrics_has_step_epoch_and_time(finished: Path) -> No
     assert {f"train/{name}" for name in names} <= {key for line in lines for key in line}
 
 
+def test_online_weights_are_scored_beside_the_average(finished: Path, images: Path, tmp_path: Path) -> None:
+    beside = run(images, tmp_path, "beside", "validation.online_weights=true")
+    alone = run(images, tmp_path, "alone", "training.ema_decay=null", "validation.online_weights=true")
+
+    def scores(folder: Path, start: str) -> list[dict[str, float]]:
+        found = [
+            {k.removeprefix(start): v for k, v in line.items() if k.startswith(start)} for line in lines_of(folder)
+        ]
+        return [line for line in found if line]
+
+    # Scoring them changes neither training nor the average's scores.
+    assert losses_of(beside) == losses_of(finished) and scores(beside, "val/") == scores(finished, "val/")
+    assert scores(beside, "val_online/") == scores(alone, "val/") != scores(beside, "val/")
+    assert not scores(alone, "val_online/") and not scores(finished, "val_online/")
+    assert results_of(beside)["final"] == results_of(finished)["final"]
+
+
 def test_standalone_validation_gives_the_trainers_numbers(finished: Path, images: Path, tmp_path: Path) -> None:
     assert images.is_dir()
     output = tmp_path / "evaluation.json"

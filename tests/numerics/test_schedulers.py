@@ -1,5 +1,6 @@
 """Schedules against their closed forms and torch's; then what holds for every step."""
 
+import logging
 import math
 from itertools import pairwise
 from typing import get_args, get_type_hints
@@ -9,13 +10,14 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from Configuration_System import SchedulerSection
+from Configuration_System import OptimizerSection, SchedulerSection
 from schedulers import (
     SCHEDULES,
     CosineAnnealingWarmupRestarts,
     LinearWarmupCosineLR,
     apply,
     create_scheduler,
+    scale_learning_rates,
 )
 
 
@@ -214,3 +216,20 @@ def test_apply_fills_a_tensor_learning_rate_in_place():
         apply(LinearWarmupCosineLR(4, 3), optimizer, step)
         assert optimizer.param_groups[0]["lr"] is rate
         assert rate.item() == pytest.approx(0.1 * (step + 1) / 4)
+
+
+def test_learning_rates_grow_with_the_square_root_of_the_batch(caplog):
+    section = OptimizerSection(learning_rate=1e-3, muon_learning_rate=0.02, base_batch_size=64)
+    with caplog.at_level(logging.INFO):
+        scaled = scale_learning_rates(section, 256)
+    assert (scaled.learning_rate, scaled.muon_learning_rate) == (2e-3, 0.04)
+    assert scaled.weight_decay == section.weight_decay and scaled.betas == section.betas
+    (record,) = caplog.records
+    assert "learning rates times 2: updates of 256 images, tuned at optimizer.base_batch_size=64" in record.message
+
+
+def test_learning_rates_without_a_base_are_left_alone(caplog):
+    section = OptimizerSection()
+    with caplog.at_level(logging.INFO):
+        assert scale_learning_rates(section, 256) is section
+    assert not caplog.records

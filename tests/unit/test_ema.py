@@ -143,3 +143,39 @@ def test_an_average_of_another_model_is_refused() -> None:
 def test_a_decay_outside_0_to_1_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="not between 0 and 1"):
         ExponentialMovingAverage(net(), decay)
+
+
+def test_the_weights_are_scored_beside_the_average_in_one_pass() -> None:
+    model = net()
+    ema = ExponentialMovingAverage(model, 0.9)
+    for step in range(4):
+        move(model, step)
+        ema.update()
+    model.eval()
+    inputs = torch.randn(3, 4, generator=torch.Generator().manual_seed(9))
+    own = model(inputs)
+    with ema.swapped():
+        averaged = model(inputs)
+        online = ema.online_model()
+        assert not online.training
+        with torch.inference_mode():
+            found = [each(inputs) for each in (model, online, model, online)]
+    assert torch.equal(found[0], averaged) and torch.equal(found[2], averaged)
+    assert torch.equal(found[1], own) and torch.equal(found[3], own) and not torch.equal(own, averaged)
+    assert torch.equal(model(inputs), own)
+    ema.update()
+    with pytest.raises(AssertionError, match="its own weights already"):
+        online(inputs)
+
+
+def test_a_forward_pass_that_fails_leaves_the_average_in_the_model() -> None:
+    model = net().eval()
+    ema = ExponentialMovingAverage(model, 0.9)
+    move(model, 1)
+    own = copy.deepcopy(model.state_dict())
+    with ema.swapped():
+        held = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match="shape"):
+            ema.online_model()(torch.randn(3, 5))
+        assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())

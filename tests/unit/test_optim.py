@@ -14,12 +14,11 @@ from tagger.optim import (
     Muon,
     MuonAdamW,
     load_optimizer,
-    lr_factor,
     optimizer_settings,
     optimizer_tensors,
-    orthogonalize,
     parameter_names,
 )
+from tagger.optim.muon import lr_factor, orthogonalize
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 

@@ -58,11 +58,13 @@ class Toy(nn.Module):
         return self.head(x)
 
 
-def section(name: typing.Literal["adamw", "muon"] = "adamw", **changes: typing.Any) -> OptimizerSection:
+def section(name: typing.Literal["adamw", "adafactor", "muon"] = "adamw", **changes: typing.Any) -> OptimizerSection:
     return OptimizerSection(name=name, **changes)
 
 
-def new_state(name: typing.Literal["adamw", "muon"] = "adamw", ema: bool = True, seed: int = 0) -> TrainState:
+def new_state(
+    name: typing.Literal["adamw", "adafactor", "muon"] = "adamw", ema: bool = True, seed: int = 0
+) -> TrainState:
     seed_everything(seed)
     model = Toy()
     return TrainState(
@@ -106,9 +108,11 @@ def assert_same(a: TrainState, b: TrainState) -> None:
             assert torch.equal(tensor, others[part][name]), f"{part} {name}"
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("stop", [0, 1, 3, 6])
-def test_resume_continues_bitwise(tmp_path: Path, name: typing.Literal["adamw", "muon"], stop: int) -> None:
+def test_resume_continues_bitwise(
+    tmp_path: Path, name: typing.Literal["adamw", "adafactor", "muon"], stop: int
+) -> None:
     straight = new_state(name)
     expected = train(straight, 7)
 
@@ -356,9 +360,11 @@ def test_saving_is_due_by_steps_history_and_minutes(tmp_path: Path) -> None:
         assert not manager.due(4, 60.9) and manager.due(4, 61.0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("ema", [True, False])
-def test_stand_ins_have_the_forms_of_the_state_after_a_step(name: typing.Literal["adamw", "muon"], ema: bool) -> None:
+def test_stand_ins_have_the_forms_of_the_state_after_a_step(
+    name: typing.Literal["adamw", "adafactor", "muon"], ema: bool
+) -> None:
     state = new_state(name, ema)
 
     def forms(parts: dict) -> dict:

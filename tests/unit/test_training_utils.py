@@ -18,6 +18,7 @@ from tagger.compilation import compile_blocks, missing_compiler
 from tagger.ema import ExponentialMovingAverage
 from tagger.errors import InputError
 from tagger.optim import optimizer_tensors, parameter_names
+from tagger.optim.groups import layers_below_head
 from training_utils import (
     OPTIMIZERS,
     EarlyStopping,
@@ -31,6 +32,7 @@ from training_utils import (
 
 CPU = torch.device("cpu")
 NAN = float("nan")
+Name: typing.TypeAlias = typing.Literal["adamw", "adafactor", "muon"]
 
 
 class Block(nn.Module):
@@ -60,7 +62,7 @@ class Toy(nn.Module):
         return self.head(x)
 
 
-def section(name: typing.Literal["adamw", "muon"] = "adamw", **changes: typing.Any) -> OptimizerSection:
+def section(name: Name = "adamw", **changes: typing.Any) -> OptimizerSection:
     return OptimizerSection(name=name, **changes)
 
 
@@ -75,11 +77,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, precision: MixedPr
 # Precision and bad gradients
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("poison", [NAN, float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
-    name: typing.Literal["adamw", "muon"], poison: float
-) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(name: Name, poison: float) -> None:
     seed_everything(0)
     model, undisturbed = Toy(), Toy()
     undisturbed.load_state_dict(model.state_dict())
@@ -151,8 +151,8 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_update_reads_nothing_back_from_the_device(name: typing.Literal["adamw", "muon"]) -> None:
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_an_update_reads_nothing_back_from_the_device(name: Name) -> None:
     model = Toy()
     optimizer, precision = create_optimizer(section(name), model), MixedPrecisionTrainer("off", CPU)
     ema = ExponentialMovingAverage(model, 0.9)
@@ -237,7 +237,7 @@ def names_in(model: nn.Module, parameters: Sequence[Tensor]) -> set[str]:
 def test_norms_biases_and_embeddings_do_not_decay() -> None:
     model = Toy()
     model.blocks[0].requires_grad_(False)
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, 1e-3, 0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert names_in(model, decayed["params"]) == {"stem.weight", "blocks.1.fc.weight", "head.weight"}
     assert {"pos_embed", "norm.weight", "head.bias"} <= names_in(model, others["params"])
@@ -267,6 +267,82 @@ def test_muon_takes_the_inner_kernels_of_a_convolutional_stem() -> None:
 def test_muon_without_blocks_is_refused() -> None:
     with pytest.raises(InputError, match=r"no matrices in `blocks`; use optimizer\.name=adamw"):
         create_optimizer(section("muon"), nn.Linear(2, 2))
+
+
+class Tagger(nn.Module):
+    """Names in the order in which the network is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 8))
+        self.stem = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_layer_decay_slows_each_layer_by_its_distance_from_the_head(name: Name) -> None:
+    model = Tagger()
+    optimizer = create_optimizer(section(name, learning_rate=1.0, muon_learning_rate=2.0, layer_decay=0.5), model)
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {parameter: rates[id(p)] for parameter, p in model.named_parameters()}
+    own = 2.0 if name == "muon" else 1.0
+    assert found == {
+        "head.weight": 1.0,
+        "head.bias": 1.0,
+        "norm.weight": 1.0,
+        "norm.bias": 1.0,
+        "blocks.1.fc.weight": own / 2,
+        "blocks.1.fc.bias": 1 / 2,
+        "blocks.0.fc.weight": own / 4,
+        "blocks.0.fc.bias": 1 / 4,
+        "stem.weight": 1 / 8,
+        "stem.bias": 1 / 8,
+        "pos_embed": 1 / 8,
+    }
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays[id(model.stem.weight)] == 0.05 and decays[id(model.pos_embed)] == 0.0
+
+
+def test_layer_decay_knows_the_layers_of_the_real_network() -> None:
+    model = create_model(VisionTransformerConfig(16, 8, 16, 2, 2, 2.0, num_tags=3, stem="conv", pooling="class_token"))
+    below = layers_below_head(model)
+    found = {name.partition(".")[0]: below[id(p)] for name, p in model.named_parameters() if "blocks" not in name}
+    assert found == {"pos_embed": 3, "cls_token": 3, "stem": 3, "norm": 0, "head": 0}
+    assert {below[id(p)] for p in model.blocks[0].parameters()} == {2}
+    assert {below[id(p)] for p in model.blocks[1].parameters()} == {1}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_rates_of_a_group_are_its_own_where_parameters_are_moved_together(name: Name) -> None:
+    """Weights of one shape in several groups move as they would in optimizers of their own."""
+    together, alone = Tagger(), Tagger()
+    alone.load_state_dict(together.state_dict())
+    one = create_optimizer(section(name, layer_decay=0.5, weight_decay=0.1), together)
+    # Each block's weight by itself: the others have no gradient.
+    for step in range(3):
+        for model in (together, alone):
+            generator = torch.Generator().manual_seed(step)
+            for block in model.blocks:
+                block.fc.weight.grad = torch.randn(8, 8, generator=generator)
+        one.step()
+    for place, block in enumerate(alone.blocks):
+        rate = 0.5 ** (2 - place)
+        rates = {"learning_rate": 1e-3 * rate, "muon_learning_rate": 0.02 * rate}
+        two = create_optimizer(section(name, weight_decay=0.1, **rates), alone)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            drawn = [torch.randn(8, 8, generator=generator) for _ in alone.blocks]
+            alone.zero_grad(set_to_none=True)
+            block.fc.weight.grad = drawn[place]
+            two.step()
+        assert torch.allclose(block.fc.weight, together.blocks[place].fc.weight, rtol=1e-5, atol=1e-7)
+
+
+def test_layer_decay_without_blocks_is_refused() -> None:
+    with pytest.raises(InputError, match=r"optimizer\.layer_decay needs a model with `blocks`.*set it to null"):
+        create_optimizer(section(layer_decay=0.75), nn.Linear(2, 2))
 
 
 # The rest
