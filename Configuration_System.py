@@ -22,6 +22,7 @@ from tagger.config_checks import (
     Section,
     existing_files,
     existing_folder,
+    phase_settings,
     require,
     setting,
     split_settings,
@@ -193,7 +194,10 @@ class ModelSection(Section):
     layer_scale_init: float | None = setting(None, POSITIVE)
     drop_path: float = setting(0.0, BELOW_ONE)
     dropout: float = setting(0.0, BELOW_ONE)
+    patch_dropout: float = setting(0.0, BELOW_ONE)
     head_bias: Literal["log_prior", "zero"] = "log_prior"
+    positions: Literal["learned", "rotary"] = "learned"
+    register_tokens: int = setting(0, NOT_NEGATIVE)
     mask_padding: bool = False
 
     @property
@@ -206,13 +210,15 @@ class ModelSection(Section):
 class LossSection(Section):
     """What is minimised: a sum over tags, averaged over images."""
 
-    name: Literal["asymmetric_focal", "focal", "binary_cross_entropy"] = "asymmetric_focal"
+    name: Literal["asymmetric_focal", "focal", "binary_cross_entropy", "hill", "splc"] = "asymmetric_focal"
     gamma_neg: float = setting(4.0, NOT_NEGATIVE)
     gamma_pos: float = setting(0.0, NOT_NEGATIVE)
     clip: float = 0.05
+    correct_above: float = setting(0.6, SHARE)
     rating_weight: float | None = setting(None, NOT_NEGATIVE)
     tag_weight_power: float = setting(0.0, NOT_NEGATIVE)
     ignored_tags: list[str] = field(default_factory=list)
+    chunk_tags: int | None = setting(None, POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,6 +261,18 @@ class SchedulerSection(Section):
 
 
 @dataclass
+class PhaseSection(Section):
+    """A part of the run at an image size of its own; null: as the recipe has it, but batches of as many tokens."""
+
+    image_size: int = field(metadata={"range": POSITIVE})
+    share: float | None = setting(None, SHARE)
+    batch_size: int | None = setting(None, POSITIVE)
+    learning_rate_factor: float = setting(1.0, POSITIVE)
+    patch_dropout: float | None = setting(None, BELOW_ONE)
+    augment: AugmentSection | None = None
+
+
+@dataclass
 class TrainingSection(Section):
     """The loop."""
 
@@ -262,6 +280,7 @@ class TrainingSection(Section):
     batch_size: int = setting(64, POSITIVE)
     accumulation_steps: int = setting(1, POSITIVE)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = setting(42, NOT_NEGATIVE)
     mixed_precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -269,6 +288,7 @@ class TrainingSection(Section):
     ema_decay: float | None = setting(0.999, SHARE.with_remedy("try 0.999, or null to turn it off"))
     early_stopping_patience: int | None = setting(None, POSITIVE)
     early_stopping_min_delta: float = setting(0.0, NOT_NEGATIVE)
+    phases: list[PhaseSection] = field(default_factory=list)
 
 
 @dataclass
@@ -350,6 +370,12 @@ class FullConfig:
             f"training.early_stopping_patience={self.training.early_stopping_patience} never acts within "
             f"training.num_epochs={self.training.num_epochs}",
             "lower it, or set it to null",
+        )
+        phase_settings(
+            [(phase.image_size, phase.share) for phase in self.training.phases],
+            self.data.image_size,
+            self.model.resolved_patch_size,
+            buckets=self.data.fit == "buckets",
         )
 
 

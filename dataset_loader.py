@@ -6,9 +6,10 @@ row to training, and positions that belong to another seed or another set of row
 and counted; it never becomes zeros or the image beside it.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from Configuration_System import DataSection, FullConfig, OrientationSection
 from orientation_handler import MirrorCoin, OrientationHandler
 from tagger.batch import Batch
 from tagger.data.batch_job import BatchSource, ImageSource, Mirroring, PreparedBatch, TagTable
-from tagger.data.batch_plan import Grouping, Spans, create_plan
+from tagger.data.batch_plan import BatchPlan, Spans, create_plan
 from tagger.data.decode import DecodeOptions, describe_decoder
+from tagger.data.epoch_order import EpochOrder
 from tagger.data.image_reader import ImageReader
 from tagger.data.index import MetadataIndex, open_index
 from tagger.data.ledger import ImageLedger
-from tagger.data.position import Position, carry_over, check_position, identified, order_identity
+from tagger.data.position import Position, order_identity
 from tagger.data.prefetch import OrderedPrefetcher, default_num_threads
 from tagger.data.quarantine import FailureBudget, Refusal
 from tagger.data.quarantine_log import KnownBad, Quarantine
@@ -95,8 +97,7 @@ class DatasetLoader(_IndexedImages):
     ) -> None:
         """`index`, an open index of this file and folder, saves reading them again."""
         if index is None:
-            path = Path(annotations)
-            index = open_index([image_root], Path(index_dir), extra_fields=extra_fields, annotations=path)
+            index = open_index([image_root], Path(index_dir), extra_fields=extra_fields, annotations=Path(annotations))
         super().__init__(index, vocabulary, ontology)
 
 
@@ -138,9 +139,8 @@ class LoadOptions:
         preprocess = Preprocess.create(
             section.image_size, section.fit, patch_size, (red, green, blue), decode_scaling=section.decode_scaling
         )
-        cache = None
-        if section.cache_dir is not None:
-            cache = ShrinkCache.open(section.cache_dir)
+        cache = None if section.cache_dir is None else ShrinkCache.open(section.cache_dir)
+        if cache is not None:
             cache.require(preprocess.longest_side, preprocess.background, preprocess.image_size)
         num_processes, num_threads = plan_workers(
             section.num_processes, section.num_threads, section.prefetch_batches, on_cuda=on_cuda
@@ -218,7 +218,7 @@ class DataLoader:
     gives the same epoch again. It raises DataFailureError past the failure budget, StorageError after an outage.
     `position` resumes after its batch. It counts samples, of all ranks together, not batches, so a resume may change
     the batch size and the number of ranks; `BucketPlan` says what that means with aspect buckets.
-    `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out. `rows` are those that it serves.
+    `wait_seconds`, `mirrored` and `vetoed` add up over what was handed out. `rows` are served, as `order` says.
 
     Loader processes start with the first iteration and stay until `close`, or until the loader is collected. A second
     iteration beside one that is still open loads in threads.
@@ -265,11 +265,11 @@ class DataLoader:
         images = ImageSource(ImageReader(dataset.index, options.cache), options.preprocess, options.decoding)
         sampler = sampler or RowSampler(rows, seed)
         assert sampler.seed == seed and len(sampler) == len(rows)
-        sizes = dataset.sizes if options.preprocess.shapes else None
-        plan = create_plan(sampler, options.preprocess, batch_size, sizes, rank=rank, world_size=world_size)
+        self._rank, self._world_size = rank, world_size
+        plan = self._plan(sampler, options.preprocess, batch_size)
         self._source = BatchSource(dataset.table, images, plan, mirroring, never)
         keys = dataset.index.image_ids if split is None else split.keys
-        self._identity = order_identity(keys, rows, sampler, dataset.index.corrections)
+        self.order = EpochOrder(plan, order_identity(keys, rows, sampler, dataset.index.corrections))
         self._ring: LoaderRing | None = None
         self._epoch = 0
         self._start = 0
@@ -316,22 +316,27 @@ class DataLoader:
         With aspect buckets at another batch size it goes back to a boundary (see `BucketPlan`) and logs how many images
         come again. Raises PositionError when the position belongs to another seed, other rows or other sampling.
         """
-        grouped = check_position(position, self._identity)
-        samples, whole = position["samples"], position.get("whole", 0)
-        start = self._source.plan.resume_at(samples, Grouping(position["grouping"], whole) if grouped else None)
-        if start < samples:
-            message = "the order of this epoch has changed with the batches: %d images of it come a second time"
-            logger.warning(message, samples - start)
-        self._epoch, self._start = position["epoch"], start
+        self._epoch, self._start = position["epoch"], self.order.go_to(position)
 
     def carry_over(self, position: Mapping[str, int]) -> Position:
-        """A position to `seek` in place of one whose images, split, sampling or corrections have changed since.
+        """The position, as one to `seek`, of one before images, split, sampling or corrections changed; see there."""
+        return self.order.carry_over(position)
 
-        Itself where nothing has; see `tagger.data.position.carry_over`.
+    def resized(self, preprocess: Preprocess, batch_size: int) -> "DataLoader":
+        """A loader of the same images in the same order at another size, that the shrink cache must do for too.
+
+        Each takes the other's positions. It shares what is known of broken images, and has processes of its own.
         """
-        spans = self._source.plan.spans(0)
-        start, end = (self._position(samples, position["epoch"]) for samples in (0, spans.pieces[-1][1]))
-        return carry_over(position, self._identity, spans.step, start, end)
+        twin = copy.copy(self)
+        plan = self._plan(self._source.sampler, preprocess, batch_size)
+        twin.options, twin._ring = replace(self.options, preprocess=preprocess), None
+        twin._source = replace(self._source, images=replace(self._source.images, preprocess=preprocess), plan=plan)
+        twin.order = replace(self.order, plan=plan)
+        return twin
+
+    def _plan(self, sampler: RowSampler, preprocess: Preprocess, batch_size: int) -> BatchPlan:
+        sizes = self.dataset.sizes if preprocess.shapes else None
+        return create_plan(sampler, preprocess, batch_size, sizes, rank=self._rank, world_size=self._world_size)
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         epoch, spans = self._epoch, self._source.plan.spans(self._start)
@@ -352,7 +357,7 @@ class DataLoader:
                 self.vetoed += prepared.num_vetoed
                 if prepared.batch is not None:
                     self.mirrored += int(prepared.batch.mirrored.sum())
-                    yield prepared.batch, self._position(span.done, epoch)
+                    yield prepared.batch, self.order.position(span.done, epoch)
         finally:
             prefetcher.close()
             # Here, because a consumer may take the last batch and never ask for another.
@@ -376,11 +381,6 @@ class DataLoader:
                 pin=options.pin_memory,
             )
         return self._ring
-
-    def _position(self, samples: int, epoch: int) -> Position:
-        grouping = self._source.plan.grouping(samples)
-        extra = {"grouping": grouping.hash, "whole": grouping.whole} if grouping is not None else {}
-        return identified({"epoch": epoch, "samples": samples, **extra}, self._identity)
 
 
 def open_dataset(section: DataSection) -> MetadataIndex:
@@ -433,11 +433,12 @@ def create_dataloaders(
     *,
     quarantine_file: Path | None = None,
     ontology: Ontology | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[DataLoader, DataLoader]:
     """(training, validation) loaders of the configured data set; `index`, from `open_dataset`, saves a second scan.
 
     `quarantine_file` keeps what is known of broken images from one start of a run to the next; the caller owns it.
-    `ontology`, that of `vocabulary`, says which tags the tags of sidecars stand for.
+    `ontology`, that of `vocabulary`, says which tags the tags of sidecars stand for. `share`: (rank, number of ranks).
     Raises InputError for a data set or a split that cannot be used.
     """
     data, seed = config.data, config.training.seed
@@ -452,7 +453,8 @@ def create_dataloaders(
     options = LoadOptions.from_config(data, config.model.resolved_patch_size, on_cuda=on_cuda)
     if options.cache is not None:
         logger.info("%s", ImageReader(index, options.cache).describe_cache())
-    quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding))
+    rank, world_size = share
+    quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding), writes=rank == 0)
     train = DataLoader(
         dataset,
         split.training_rows,
@@ -465,6 +467,8 @@ def create_dataloaders(
         sampler=create_sampler(
             data.sampling, dataset.table, split.training_rows, seed, power=data.sampling_power, cap=data.sampling_cap
         ),
+        rank=rank,
+        world_size=world_size,
     )
     validation = DataLoader(
         dataset,
@@ -473,6 +477,8 @@ def create_dataloaders(
         options,
         split=split,
         quarantine=quarantine,
+        rank=rank,
+        world_size=world_size,
     )
     logger.info("%s", split.describe())
     return train, validation
@@ -490,11 +496,5 @@ def create_part_loader(beside: DataLoader, part: Part) -> DataLoader:
             f"no image is held out for {part.purpose}; set data.{part.name.lower()}_fraction, e.g. to 0.05, and train "
             "a new run with it: these images must not have been trained on"
         )
-    return DataLoader(
-        beside.dataset,
-        rows,
-        beside._source.plan.batch_size,
-        beside.options,
-        split=beside.split,
-        quarantine=beside.ledger.quarantine,
-    )
+    batch_size, known = beside._source.plan.batch_size, beside.ledger.quarantine
+    return DataLoader(beside.dataset, rows, batch_size, beside.options, split=beside.split, quarantine=known)

@@ -3,164 +3,36 @@
 A tag loss is one cost per logit, summed. The cost of a logit depends on how far it errs: with ``z`` the logit pointing
 to the wrong answer (``x`` where the tag is absent, ``-x`` where it is present),
 
-    cost(z) = weight * q^gamma * -log(1 - q),    q = max(sigmoid(z) - margin, 0)
+    cost(z) = weight * q^gamma * -log(1 - q),    q = max(sigmoid(z + shift) - margin, 0)
 
-Asymmetric loss, focal loss and binary cross-entropy are settings of the two sides. Costs are computed in float32 at
+Most losses are settings of the two sides (tagger/losses/costs.py has the formulas). Costs are computed in float32 at
 least (float64 stays float64), also under autocast, and are finite with finite gradients for |logit| up to 1e4. The
-gradient is the whole derivative of the cost, worked out beside it. A NaN logit makes the loss NaN. Refuses tensors
-whose shapes or ranges do not fit, and settings outside their range; gradients of gradients are not provided.
+gradient is the whole derivative of the cost, worked out beside it; for logits of 16 bits it is rounded to bfloat16.
+A NaN logit makes the loss NaN. Refuses tensors whose shapes or ranges do not fit, and settings outside their range;
+gradients of gradients are not provided.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from Configuration_System import LossSection
 from tagger.errors import InputError
+from tagger.losses.chunked import HeadCost
+from tagger.losses.costs import CostRule, FocalCost, HillCost
+from tagger.losses.summed import Pricing, SummedCost, Targets, compute_dtype
 from tagger.registry import Registry
 from tagger.tag_lists import tag_coordinates
 
 Reduction = Literal["sum", "mean"]
 
-# On a CPU the costs are worked out in blocks that stay in its cache: 256 x 20,000 logits took 27 ms on two cores so,
-# 78 ms in one piece.
-_CPU_BLOCK = 1 << 18
 # Below this a margin no longer bounds the logarithm in float32.
 _SMALLEST_MARGIN = 1e-30
-
-
-@dataclass(frozen=True)
-class _Side:
-    """The cost of the present tags, or of the absent ones."""
-
-    gamma: float
-    margin: float = 0.0
-    weight: float = 1.0
-
-
-def _power(base: Tensor, exponent: float) -> Tensor:
-    # torch.pow is fast for exponents to 3 only; 4 is the usual one of the asymmetric loss.
-    return base.square().square_() if exponent == 4 else base.pow(exponent)
-
-
-def _cost_without_margin(z: Tensor, gamma: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """``p^gamma * -log(1-p)`` with ``p = sigmoid(z)``; its derivative ``p^gamma * (gamma * (1-p) * -log(1-p) + p)``."""
-    p = torch.sigmoid(z)
-    log_term = F.logsigmoid(-z).neg_()
-    if gamma == 0:
-        return log_term, p if with_slope else None
-    focus = _power(p, gamma)
-    if not with_slope:
-        return log_term.mul_(focus), None
-    slope = torch.sigmoid(-z).mul_(log_term).mul_(gamma).add_(p).mul_(focus)
-    return log_term.mul_(focus), slope
-
-
-def _cost_with_margin(z: Tensor, gamma: float, margin: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """``q^gamma * -log(1-q)`` and its derivative ``p(1-p) * q^gamma * (gamma * -log(1-q) / q + 1 / (1-q))``.
-
-    ``sigmoid(z) - margin`` loses its digits where q is small, so with ``z0`` the logit of the margin
-    ``q = (1-margin) * p * (1 - exp(z0-z))``, ``1-q = sigmoid(-z) + margin`` and ``-log(1-q) = log1p(q / (1-q))``.
-    """
-    zero_cost_logit = math.log(margin) - math.log1p(-margin)
-    # The part of z0 that float32 cannot hold is taken off separately, so that z - z0 is right to the last digit.
-    high = float(np.float32(zero_cost_logit))
-    p, not_p = torch.sigmoid(z), torch.sigmoid(-z)
-    q = (z - high).sub_(zero_cost_logit - high).clamp_(min=0).neg_().expm1_().mul_(p).mul_(margin - 1)
-    not_q = not_p + margin
-    log_term = (q / not_q).log1p_()
-    if gamma == 0:
-        return log_term, (p.mul_(not_p).div_(not_q).mul_(q > 0) if with_slope else None)
-    focus = _power(q, gamma)
-    if not with_slope:
-        return log_term.mul_(focus), None
-    # log_term is 0 where q is, and the ratio is 1 to within rounding where q is next to nothing.
-    ratio = log_term / q.clamp_(min=torch.finfo(q.dtype).tiny)
-    slope = ratio.mul_(gamma).add_(not_q.reciprocal_()).mul_(not_p).mul_(p).mul_(focus)
-    return log_term.mul_(focus), slope
-
-
-def _costs(logits: Tensor, sign: int, side: _Side, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Cost of every logit and its derivative by the logit, in the logits' shape; ``sign`` is -1 for present tags."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    cost = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    slope = torch.empty_like(cost) if with_slope else None
-    flat_logits, flat_cost = logits.reshape(-1), cost.view(-1)
-    block = _CPU_BLOCK if logits.device.type == "cpu" else max(flat_logits.numel(), 1)
-    for start in range(0, flat_logits.numel(), block):
-        part = slice(start, start + block)
-        z = flat_logits[part].to(dtype)
-        z = -z if sign < 0 else z
-        if side.margin > 0:
-            part_cost, part_slope = _cost_with_margin(z, side.gamma, side.margin, with_slope)
-        else:
-            part_cost, part_slope = _cost_without_margin(z, side.gamma, with_slope)
-        torch.mul(part_cost, side.weight, out=flat_cost[part])
-        if slope is not None and part_slope is not None:
-            torch.mul(part_slope, sign * side.weight, out=slope.view(-1)[part])
-    return cost, slope
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Which tags are present: ``dense`` [B, C] of 0..1, or ``rows`` and ``columns`` of those that are."""
-
-    dense: Tensor | None = None
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-
-
-class _SummedCost(torch.autograd.Function):
-    """Sum of all costs. The gradient is worked out with the value, and is the only tensor of [B, C] kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: _Targets,
-        present: _Side,
-        absent: _Side,
-        tag_weights: Tensor | None,
-        ignored: Tensor | None,
-        with_slope: bool,
-    ) -> Tensor:
-        cost, slope = _costs(logits, 1, absent, with_slope)
-        if targets.rows is not None and targets.columns is not None:
-            # Few tags are present: theirs overwrite what stands there. A tag listed twice writes the same number twice.
-            where = (targets.rows, targets.columns)
-            present_cost, present_slope = _costs(logits[where], -1, present, with_slope)
-            cost.index_put_(where, present_cost)
-            if slope is not None and present_slope is not None:
-                slope.index_put_(where, present_slope)
-        elif targets.dense is not None:
-            y = targets.dense.to(cost.dtype)
-            present_cost, present_slope = _costs(logits, -1, present, with_slope)
-            cost.mul_(1 - y).addcmul_(y, present_cost)
-            if slope is not None and present_slope is not None:
-                slope.mul_(1 - y).addcmul_(y, present_slope)
-        for table in (cost, slope):
-            if table is not None and tag_weights is not None:
-                table.mul_(tag_weights.to(table.dtype))
-            if table is not None and ignored is not None:
-                table.index_fill_(1, ignored, 0)
-        if slope is not None:
-            ctx.save_for_backward(slope)
-            ctx.logits_dtype = logits.dtype
-        return cost.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return ((slope * gradient).to(ctx.logits_dtype), None, None, None, None, None, None)
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -168,24 +40,24 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits are {logits.dtype} of shape {list(logits.shape)}; expected floats of shape [B, C]")
 
 
-def _read_targets(logits: Tensor, targets: Tensor, tag_offsets: Tensor | None) -> _Targets:
+def _read_targets(shape: torch.Size, device: torch.device, targets: Tensor, tag_offsets: Tensor | None) -> Targets:
     """Check either form of targets against the logits; values are checked on a CPU only, to spare a device sync."""
     for name, tensor in (("targets", targets), ("tag_offsets", tag_offsets)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} and logits on {logits.device}; move them to one device")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and logits on {device}; move them to one device")
     if tag_offsets is not None:
-        rows, columns = tag_coordinates(targets, tag_offsets, logits.shape[0], logits.shape[1])
-        return _Targets(rows=rows, columns=columns)
-    if targets.shape != logits.shape:
+        rows, columns = tag_coordinates(targets, tag_offsets, *shape)
+        return Targets(rows=rows, columns=columns)
+    if targets.shape != shape:
         raise ValueError(
-            f"targets have shape {list(targets.shape)} and logits {list(logits.shape)}; expected one shape [B, C], "
+            f"targets have shape {list(targets.shape)} and logits {list(shape)}; expected one shape [B, C], "
             "or a flat list of tag indices together with tag_offsets"
         )
     if targets.device.type == "cpu" and targets.dtype != torch.bool and targets.numel():
         low, high = (float(value) for value in torch.aminmax(targets.detach()))
         if not (low >= 0 and high <= 1):
             raise ValueError(f"targets run from {low:g} to {high:g}; expected 0 (absent) to 1 (present)")
-    return _Targets(dense=targets.detach())
+    return Targets(dense=targets.detach())
 
 
 class TagLoss(nn.Module):
@@ -202,11 +74,12 @@ class TagLoss(nn.Module):
 
     tag_weights: Tensor | None
     ignored: Tensor | None
+    limit: Tensor | None
+    compiled = False
 
     def __init__(
         self,
-        present: _Side,
-        absent: _Side,
+        rule: CostRule,
         tag_weights: Tensor | None,
         ignored_tags: Sequence[int],
         reduction: Reduction,
@@ -220,12 +93,13 @@ class TagLoss(nn.Module):
                 raise ValueError(f"tag_weights are {found}; expected floats of shape [C]")
             if not bool((torch.isfinite(tag_weights) & (tag_weights >= 0)).all()):
                 raise ValueError("tag_weights hold a negative or non-finite number; expected 0 or above")
-        self.present, self.absent = present, absent
+        self.rule = rule
         self.reduction: Reduction = reduction
         self.register_buffer(
             "tag_weights", None if tag_weights is None else tag_weights.detach().clone(), persistent=False
         )
         self.register_buffer("ignored", None, persistent=False)
+        self.register_buffer("limit", None, persistent=False)
         self.ignored_tags: tuple[int, ...] = ()
         self._ignore(ignored_tags)
 
@@ -245,16 +119,47 @@ class TagLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, tag_offsets: Tensor | None = None) -> Tensor:
         """The loss of a batch; see the class for both forms of targets."""
         _check_logits(logits)
-        num_rows, num_tags = logits.shape
+        pricing = self._pricing(logits.shape, logits.device, targets, tag_offsets)
+        with_slope = logits.requires_grad and torch.is_grad_enabled()
+        total: Tensor = SummedCost.apply(logits, pricing, with_slope)  # type: ignore[no-untyped-call]
+        return self._reduced(total, *logits.shape)
+
+    def through_head(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        tag_indices: Tensor,
+        tag_offsets: Tensor,
+        *,
+        chunk_tags: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``forward`` of ``features [B, D] @ weight [C, D].T + bias [C]``, worked out in ``dtype``.
+
+        At most ``chunk_tags`` columns of logits exist at a time, in the forward pass and again in the backward pass.
+        """
+        shape = torch.Size((features.shape[0], weight.shape[0]))
+        pricing = self._pricing(shape, features.device, tag_indices, tag_offsets)
+        total: Tensor = HeadCost.apply(  # type: ignore[no-untyped-call]
+            features, weight, bias, pricing, chunk_tags, dtype
+        )
+        return self._reduced(total, *shape)
+
+    def _pricing(self, shape: torch.Size, device: torch.device, targets: Tensor, tag_offsets: Tensor | None) -> Pricing:
+        num_tags = shape[1]
         if self.tag_weights is not None and len(self.tag_weights) != num_tags:
             raise ValueError(f"tag_weights are for {len(self.tag_weights)} tags and logits have {num_tags}")
         if self.ignored_tags and self.ignored_tags[-1] >= num_tags:
             raise ValueError(f"ignored_tags holds {self.ignored_tags[-1]} and logits have {num_tags} tags")
-        wanted = _read_targets(logits, targets, tag_offsets)
-        with_slope = logits.requires_grad and torch.is_grad_enabled()
-        total: Tensor = _SummedCost.apply(  # type: ignore[no-untyped-call]
-            logits, wanted, self.present, self.absent, self.tag_weights, self.ignored, with_slope
-        )
+        wanted = _read_targets(shape, device, targets, tag_offsets)
+        ignored = None
+        if self.ignored is not None:
+            ignored = torch.zeros(num_tags, dtype=torch.bool, device=device).index_fill_(0, self.ignored, True)
+        limit = self.limit if torch.is_grad_enabled() else None
+        return Pricing(self.rule, wanted, num_tags, self.tag_weights, ignored, limit, self.compiled)
+
+    def _reduced(self, total: Tensor, num_rows: int, num_tags: int) -> Tensor:
         if self.reduction == "sum":
             return total
         counted = num_rows * (num_tags - len(self.ignored_tags))
@@ -264,8 +169,15 @@ class TagLoss(nn.Module):
             )
         return total / counted
 
+    def use_compiled(self) -> None:
+        """Work out all costs in one compiled loop from here on; for where torch.compile works on the logits' device."""
+        self.compiled = True
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell a loss that changes in the course of training which epoch, from 0, comes now; the others do nothing."""
+
     def extra_repr(self) -> str:
-        return f"present={self.present}, absent={self.absent}, reduction={self.reduction!r}"
+        return f"{self.rule}, reduction={self.reduction!r}"
 
 
 def _check_gamma(**gammas: float) -> None:
@@ -294,7 +206,9 @@ class AsymmetricFocalLoss(TagLoss):
         _check_gamma(gamma_neg=gamma_neg, gamma_pos=gamma_pos)
         if not (clip == 0 or _SMALLEST_MARGIN <= clip < 1):
             raise ValueError(f"clip={clip} is not 0 or {_SMALLEST_MARGIN:g}..1; 0 turns the margin off, 0.05 is usual")
-        super().__init__(_Side(gamma_pos), _Side(gamma_neg, margin=clip), tag_weights, ignored_tags, reduction)
+        super().__init__(
+            CostRule(FocalCost(gamma_pos), FocalCost(gamma_neg, margin=clip)), tag_weights, ignored_tags, reduction
+        )
 
 
 class FocalLoss(TagLoss):
@@ -315,9 +229,8 @@ class FocalLoss(TagLoss):
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} is not between 0 and 1; use a share, or None for no weighting")
         present, absent = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
-        super().__init__(
-            _Side(gamma, weight=present), _Side(gamma, weight=absent), tag_weights, ignored_tags, reduction
-        )
+        rule = CostRule(FocalCost(gamma, weight=present), FocalCost(gamma, weight=absent))
+        super().__init__(rule, tag_weights, ignored_tags, reduction)
 
 
 class BinaryCrossEntropy(TagLoss):
@@ -326,7 +239,71 @@ class BinaryCrossEntropy(TagLoss):
     def __init__(
         self, tag_weights: Tensor | None = None, ignored_tags: Sequence[int] = (), reduction: Reduction = "sum"
     ) -> None:
-        super().__init__(_Side(0.0), _Side(0.0), tag_weights, ignored_tags, reduction)
+        super().__init__(CostRule(FocalCost(0.0), FocalCost(0.0)), tag_weights, ignored_tags, reduction)
+
+
+# Of Hill loss and SPLC, in the paper and its authors' code: focus and logit shift of the present tags.
+_MISSING_GAMMA, _MISSING_SHIFT = 2.0, 1.0
+
+
+class HillLoss(TagLoss):
+    """Hill loss (Zhang et al. 2021), for images on which many tags are missing: ``(height - p) p^2`` for absent tags.
+
+    Confident mistakes on absent tags weigh little, as they may be tags that were forgotten. Present tags have the focal
+    margin loss, ``-(1-pm)^gamma log(pm)`` with ``pm = sigmoid(x - shift)``. With height 1.5, the paper's, an absent
+    tag's cost is steepest by p at 0.5.
+    """
+
+    def __init__(
+        self,
+        height: float = 1.5,
+        gamma: float = _MISSING_GAMMA,
+        shift: float = _MISSING_SHIFT,
+        tag_weights: Tensor | None = None,
+        ignored_tags: Sequence[int] = (),
+        reduction: Reduction = "sum",
+    ) -> None:
+        _check_gamma(gamma=gamma, shift=shift)
+        if not (math.isfinite(height) and height >= 1):
+            raise ValueError(f"height={height} is below 1 or not finite, which makes costs negative; 1.5 is usual")
+        rule = CostRule(FocalCost(gamma, shift=shift), HillCost(height))
+        super().__init__(rule, tag_weights, ignored_tags, reduction)
+
+
+class SelfPacedCorrectionLoss(TagLoss):
+    """SPLC (Zhang et al. 2021): absent tags that the network is sure of are taken for forgotten ones.
+
+    Present tags have the focal margin loss (see ``HillLoss``), absent ones focal loss; an absent tag with a probability
+    above ``correct_above`` costs what a present one would, without the shift, as in the authors' code. That begins with
+    the second epoch that ``begin_epoch`` tells of, and holds only where a gradient is worked out: a validation loss is
+    always that of the tags as they are listed.
+    """
+
+    def __init__(
+        self,
+        correct_above: float = 0.6,
+        gamma: float = _MISSING_GAMMA,
+        shift: float = _MISSING_SHIFT,
+        tag_weights: Tensor | None = None,
+        ignored_tags: Sequence[int] = (),
+        reduction: Reduction = "sum",
+    ) -> None:
+        _check_gamma(gamma=gamma, shift=shift)
+        if not 0 < correct_above < 1:
+            raise ValueError(f"correct_above={correct_above} is not between 0 and 1; 0.6 is usual")
+        rule = CostRule(FocalCost(gamma, shift=shift), FocalCost(gamma), FocalCost(gamma))
+        super().__init__(rule, tag_weights, ignored_tags, reduction)
+        self.correct_above = correct_above
+        self.correcting = False
+        # On the device and not a number, so that compiled costs need not be compiled anew when correction begins.
+        self.limit = torch.tensor(math.inf)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Correct from epoch 1 on, the second."""
+        if self.correcting != (epoch >= 1) and self.limit is not None:
+            self.correcting = epoch >= 1
+            logit = math.log(self.correct_above) - math.log1p(-self.correct_above)
+            self.limit.fill_(logit if self.correcting else math.inf)
 
 
 class MultiTaskLoss(nn.Module):
@@ -356,20 +333,54 @@ class MultiTaskLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, tag_offsets: Tensor | None = None) -> Tensor:
         """The loss of a batch; see ``TagLoss`` for both forms of targets."""
         _check_logits(logits)
-        if self._last_rating >= logits.shape[1]:
-            raise ValueError(f"rating_indices holds {self._last_rating} and logits have {logits.shape[1]} tags")
+        self._check_ratings(logits.shape[1])
         tag_part: Tensor = self.tag_loss(logits, targets, tag_offsets)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        wanted = self._rating_targets(_read_targets(logits, targets, tag_offsets), logits.shape[0], dtype)
+        wanted = _read_targets(logits.shape, logits.device, targets, tag_offsets)
+        return tag_part + self._rating_part(logits.index_select(1, self.rating_indices), wanted)
+
+    def through_head(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        tag_indices: Tensor,
+        tag_offsets: Tensor,
+        *,
+        chunk_tags: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See ``TagLoss.through_head``; the logits of the ratings are one more chunk."""
+        self._check_ratings(len(weight))
+        tag_part = self.tag_loss.through_head(
+            features, weight, bias, tag_indices, tag_offsets, chunk_tags=chunk_tags, dtype=dtype
+        )
+        rows, columns = tag_coordinates(tag_indices, tag_offsets, len(features), len(weight))
+        own = (tensor.index_select(0, self.rating_indices).to(dtype) for tensor in (weight, bias))
+        return tag_part + self._rating_part(F.linear(features.to(dtype), *own), Targets(rows=rows, columns=columns))
+
+    def _check_ratings(self, num_tags: int) -> None:
+        if self._last_rating >= num_tags:
+            raise ValueError(f"rating_indices holds {self._last_rating} and logits have {num_tags} tags")
+
+    def _rating_part(self, logits: Tensor, targets: Targets) -> Tensor:
+        dtype = compute_dtype(logits)
+        wanted = self._rating_targets(targets, len(logits), dtype)
         rated = wanted.sum(dim=1, keepdim=True)
         shares = wanted / rated.clamp(min=torch.finfo(dtype).tiny)
-        log_probabilities = F.log_softmax(logits.index_select(1, self.rating_indices).to(dtype), dim=1)
-        rating_part = -(shares * log_probabilities).sum()
+        total = -(shares * F.log_softmax(logits.to(dtype), dim=1)).sum()
         if self.tag_loss.reduction == "mean":
-            rating_part = rating_part / (rated > 0).sum().clamp(min=1)
-        return tag_part + self.rating_weight * rating_part
+            total = total / (rated > 0).sum().clamp(min=1)
+        return self.rating_weight * total
 
-    def _rating_targets(self, targets: _Targets, num_rows: int, dtype: torch.dtype) -> Tensor:
+    def use_compiled(self) -> None:
+        """See ``TagLoss``."""
+        self.tag_loss.use_compiled()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """See ``TagLoss``."""
+        self.tag_loss.begin_epoch(epoch)
+
+    def _rating_targets(self, targets: Targets, num_rows: int, dtype: torch.dtype) -> Tensor:
         """[B, ratings], 1 where the row lists the rating."""
         if targets.dense is not None:
             return targets.dense.index_select(1, self.rating_indices).to(dtype)
@@ -412,6 +423,25 @@ def _binary_cross_entropy(
     return BinaryCrossEntropy(tag_weights, ignored_tags, reduction)
 
 
+@LOSSES.register("hill")
+def _hill(
+    section: LossSection,  # noqa: ARG001 - it has no setting of its own
+    tag_weights: Tensor | None,
+    ignored_tags: Sequence[int],
+    reduction: Reduction,
+) -> TagLoss:
+    return HillLoss(tag_weights=tag_weights, ignored_tags=ignored_tags, reduction=reduction)
+
+
+@LOSSES.register("splc")
+def _splc(
+    section: LossSection, tag_weights: Tensor | None, ignored_tags: Sequence[int], reduction: Reduction
+) -> TagLoss:
+    return SelfPacedCorrectionLoss(
+        section.correct_above, tag_weights=tag_weights, ignored_tags=ignored_tags, reduction=reduction
+    )
+
+
 def tag_weights_from_counts(tag_counts: Tensor, power: float) -> Tensor:
     """``count^-power`` scaled to mean 1, [C] float32; a tag that was never counted weighs as if counted once."""
     weights = tag_counts.detach().to(torch.float64).clamp(min=1).pow(-power)
@@ -429,8 +459,9 @@ def create_loss(
     """The loss that a recipe names, with tag names resolved to indices by the caller.
 
     ``tag_counts`` [C] is how many training images have each tag; needed when ``loss.tag_weight_power`` is above 0.
-    ``focal`` takes its one gamma from ``gamma_neg``; only ``asymmetric_focal`` has a ``clip``. With ``rating_weight``
-    null the ratings are tags like any other; with a number they are a softmax group of their own.
+    ``focal`` takes its one gamma from ``gamma_neg``; only ``asymmetric_focal`` has a ``clip``; ``hill`` and ``splc``
+    have the gamma and shift of their paper. With ``rating_weight`` null the ratings are tags like any other; with a
+    number they are a softmax group of their own.
     """
     tag_weights = None
     if section.tag_weight_power > 0:

@@ -6,7 +6,8 @@ the model. Refuses images that are not uint8 (normalisation happens inside) and 
 State-dict names (stable; `N` is the block):
     stem.proj.{weight,bias}   patches -> tokens; weight [D, 3 * P * P] in (channel, row, column) order
     stem.{conv,norm,proj}.*, stem.stages.I.{conv1,norm1,conv2,norm2,skip}.*   conv stem (batch norms)
-    pos_embed [1, rows * columns, D], cls_token [1, 1, D] (class-token pooling only)
+    pos_embed [1, rows * columns, D] (learned positions only), cls_token [1, 1, D] (class-token pooling only)
+    register_tokens [1, R, D] (where there are any)
     blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
     blocks.N.{attn.q_norm,attn.k_norm}.{weight,bias} (qk_norm), blocks.N.{ls1,ls2}.gamma (layer_scale_init)
     norm.{weight,bias}, head.weight [C, D], head.bias [C]
@@ -25,9 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Configuration_System import ModelSection
+from tagger.attention import AttentionShape, pinned_attention
 from tagger.config_io import ConfigError
+from tagger.devices import product_dtype
+from tagger.layers import NORM_EPS, Attention, DropPath, LayerScale, Mlp
 from tagger.registry import Registry
-from tagger.tokens import ConvStem, PatchStem, PositionResizer, content_mask, resize_position_embedding
+from tagger.rotary import RotaryTable, Rotation, rotation_of
+from tagger.tokens import (
+    ConvStem,
+    PatchStem,
+    PositionResizer,
+    content_mask,
+    draw_kept_tokens,
+    resize_position_embedding,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -35,7 +47,6 @@ T = TypeVar("T")
 Rgb = tuple[float, float, float]
 DEFAULT_MEAN: Rgb = (0.5, 0.5, 0.5)
 DEFAULT_STD: Rgb = (0.5, 0.5, 0.5)
-_NORM_EPS = 1e-6
 # A tag on no image, or on all, must not start at an infinite logit.
 _PRIOR_RANGE = (1e-6, 0.99)
 
@@ -76,21 +87,26 @@ class VisionTransformerConfig:
     layer_scale_init: float | None = None
     drop_path: float = 0.0
     dropout: float = 0.0
+    patch_dropout: float = 0.0
     mask_padding: bool = False
+    positions: Literal["learned", "rotary"] = "learned"
+    register_tokens: int = 0
     mean: Rgb = DEFAULT_MEAN
     std: Rgb = DEFAULT_STD
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_tags"):
+        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_tags", "register_tokens"):
             value: object = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{_setting(name)}={value!r} is not a whole number above 0; use 1 or more")
+            least = 0 if name == "register_tokens" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{_setting(name)}={value!r} is not a whole number, {least} or more")
         _check_choice("stem", self.stem, ("patch", "conv"))
         _check_choice("pooling", self.pooling, ("mean", "class_token"))
+        _check_choice("positions", self.positions, ("learned", "rotary"))
         for name in ("qk_norm", "mask_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not true or false; use one of the two")
-        for name in ("drop_path", "dropout"):
+        for name in ("drop_path", "dropout", "patch_dropout"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not in 0 <= x < 1; 0 turns it off")
         if not (_is_number(self.mlp_ratio) and int(self.embed_dim * self.mlp_ratio) >= 1):
@@ -101,6 +117,8 @@ class VisionTransformerConfig:
             )
         _check_multiple("data.image_size", self.image_size, "model.patch_size", self.patch_size)
         _check_multiple("model.embed_dim", self.embed_dim, "model.num_heads", self.num_heads)
+        if self.positions == "rotary":
+            _check_multiple("model.embed_dim", self.embed_dim, "4 x model.num_heads", 4 * self.num_heads)
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ConfigError(
                 f"model.patch_size={self.patch_size} is not a power of two, which model.stem=conv (it halves the image "
@@ -192,80 +210,13 @@ def resolve_model_config(
         layer_scale_init=section.layer_scale_init,
         drop_path=section.drop_path,
         dropout=section.dropout,
+        patch_dropout=section.patch_dropout,
         mask_padding=section.mask_padding,
+        positions=section.positions,
+        register_tokens=section.register_tokens,
         mean=mean,
         std=std,
     )
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; `qk_norm` normalises queries and keys per head (ViT-22B), which bounds the logits."""
-
-    def __init__(self, embed_dim: int, num_heads: int, *, qk_norm: bool, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        head_dim = embed_dim // num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.q_norm = nn.LayerNorm(head_dim, eps=_NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, eps=_NORM_EPS) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(embed_dim, embed_dim)
-        self.proj_drop = nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
-        batch, length, width = tokens.shape
-        qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        # The norms give float32 under autocast; attention wants one dtype.
-        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
-        out: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
-        return out
-
-
-class Mlp(nn.Module):
-    """Two linear maps with GELU between them."""
-
-    def __init__(self, embed_dim: int, hidden_dim: int, *, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.drop1 = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-        self.drop2 = nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.drop1(F.gelu(self.fc1(tokens)))
-        out: Tensor = self.drop2(self.fc2(hidden))
-        return out
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel of a residual branch (CaiT, Touvron et al. 2021)."""
-
-    def __init__(self, embed_dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((embed_dim,), init))
-
-    def forward(self, branch: Tensor) -> Tensor:
-        scaled: Tensor = branch * self.gamma
-        return scaled
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the branch for whole samples and scales it up for the rest (same mean)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
-            return branch
-        keep = 1.0 - self.rate
-        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
-        return branch * (kept.to(branch.dtype) / keep)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3g}"
 
 
 class TransformerBlock(nn.Module):
@@ -286,17 +237,20 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=_NORM_EPS)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.attn = Attention(embed_dim, num_heads, qk_norm=qk_norm, dropout=dropout)
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=_NORM_EPS)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout=dropout)
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; `key_mask` bool [B, 1, 1, N], True where a token may be attended to."""
-        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens), key_mask)))
+    def forward(self, tokens: Tensor, key_mask: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; `key_mask` bool [B, 1, 1, N], True where a token may be attended to.
+
+        `rotation` turns queries and keys by their tokens' positions (`tagger.rotary`).
+        """
+        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens), key_mask, rotation)))
         out: Tensor = tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
         return out
 
@@ -304,8 +258,9 @@ class TransformerBlock(nn.Module):
 class SimplifiedTagger(nn.Module):
     """Vision Transformer: uint8 images [B, 3, H, W] -> logits [B, C].
 
-    H and W may be any multiples of `config.patch_size`; position embeddings are interpolated to grids other than the
-    one of `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
+    H and W may be any multiples of `config.patch_size`; positions are interpolated to grids other than the one of
+    `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
+    In training, `patch_dropout` (a share of the patch tokens, 0 <= x < 1) may be set anew between steps.
     """
 
     pixel_scale: Tensor
@@ -314,6 +269,7 @@ class SimplifiedTagger(nn.Module):
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.patch_dropout = config.patch_dropout
         # (x / 255 - mean) / std as one multiply-add; no state, since the config holds mean and std.
         std = torch.tensor(config.std).reshape(3, 1, 1)
         self.register_buffer("pixel_scale", 1.0 / (255.0 * std), persistent=False)
@@ -321,9 +277,10 @@ class SimplifiedTagger(nn.Module):
 
         stem = ConvStem if config.stem == "conv" else PatchStem
         self.stem = stem(config.patch_size, config.embed_dim)
-        self.pos_embed = nn.Parameter(torch.empty(1, config.grid_size**2, config.embed_dim))
-        with_class_token = config.pooling == "class_token"
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim)) if with_class_token else None
+        learned = config.positions == "learned"
+        self.pos_embed = self._extra_tokens(config.grid_size**2 if learned else 0)
+        self.cls_token = self._extra_tokens(1 if config.pooling == "class_token" else 0)
+        self.register_tokens = self._extra_tokens(config.register_tokens)
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -337,11 +294,17 @@ class SimplifiedTagger(nn.Module):
             )
             for index in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.embed_dim, eps=_NORM_EPS)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(config.embed_dim, config.num_tags)
+        self._num_prefix_tokens = config.register_tokens + (self.cls_token is not None)
         self._resize_positions = PositionResizer((config.grid_size, config.grid_size))
+        head_dim = config.embed_dim // config.num_heads
+        self._rotary = None if learned else RotaryTable(head_dim, self._num_prefix_tokens)
         self._init_weights()
         self.register_load_state_dict_pre_hook(_fit_position_embedding)  # type: ignore[no-untyped-call]
+
+    def _extra_tokens(self, count: int) -> nn.Parameter | None:
+        return nn.Parameter(torch.empty(1, count, self.config.embed_dim)) if count else None
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -350,9 +313,9 @@ class SimplifiedTagger(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for extra in (self.pos_embed, self.cls_token, self.register_tokens):
+            if extra is not None:
+                nn.init.trunc_normal_(extra, std=0.02)
 
     @torch.no_grad()
     def set_head_bias(self, tag_priors: Tensor) -> None:
@@ -386,44 +349,74 @@ class SimplifiedTagger(nn.Module):
                 f"images are {str(images.dtype).removeprefix('torch.')}; expected uint8, 0..255 (the model normalises "
                 "them itself)"
             )
-        return self.encode(self.normalise(images), valid_sizes)
+        masked = self.config.mask_padding and valid_sizes is not None  # a mask acts on normalised pixels
+        if masked or isinstance(self.stem, ConvStem):
+            return self.encode(self.normalise(images), valid_sizes)
+        grid = self._grid(images)
+        return self._mix(self.stem(images, (self.pixel_scale, self.pixel_shift)), grid, None)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Pixels 0..255 of any dtype -> what the stem takes. For exports whose input is float; else use `forward`."""
-        patch_size = self.config.patch_size
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch_size or images.shape[3] % patch_size:
-            raise ValueError(
-                f"images have shape {list(images.shape)}; expected [B, 3, H, W] with H and W multiples of "
-                f"model.patch_size={patch_size}"
-            )
+        """Pixels 0..255 of any dtype -> what `encode` takes. For exports whose input is float; else use `forward`."""
+        self._grid(images)
         return images.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
 
     def encode(self, pixels: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
         """Pooled features [B, D] of pixels [B, 3, H, W] from `normalise`."""
-        patch_size = self.config.patch_size
-        height, width = pixels.shape[2], pixels.shape[3]
+        grid = self._grid(pixels)
         token_mask = None
-        if self.config.mask_padding and valid_sizes is not None:
+        if valid_sizes is not None and self.config.mask_padding:
+            height, width = pixels.shape[2], pixels.shape[3]
             # Zero is the mean colour. Without this the edge tokens, half content and half padding, would see it.
             pixels = pixels * content_mask(valid_sizes, height, width)[:, None].to(pixels.dtype)
-            token_mask = content_mask(valid_sizes, height, width, patch_size).flatten(1)
+            token_mask = content_mask(valid_sizes, height, width, self.config.patch_size).flatten(1)
+        return self._mix(self.stem(pixels), grid, token_mask)
 
-        tokens = self.stem(pixels)
-        tokens = tokens + self._resize_positions(self.pos_embed, (height // patch_size, width // patch_size))
-        if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-        tokens = self.pos_drop(tokens)
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % side or images.shape[3] % side:
+            raise ValueError(
+                f"images have shape {list(images.shape)}; expected [B, 3, H, W] with H and W multiples of "
+                f"model.patch_size={side}"
+            )
+        return images.shape[2] // side, images.shape[3] // side
+
+    def _mix(self, tokens: Tensor, grid: tuple[int, int], token_mask: Tensor | None) -> Tensor:
+        """Positions, extra tokens, blocks and pooling: patch tokens [B, rows * columns, D] -> features [B, D]."""
+        # The residual stream keeps the weights' dtype, whatever the stem gave under autocast.
+        tokens = tokens.to(self.pixel_scale.dtype)
+        if self.pos_embed is not None:
+            tokens = tokens + self._resize_positions(self.pos_embed, grid)
+        rotation = None if self._rotary is None else self._rotary(grid, self.pixel_scale)
+        if self.training and self.patch_dropout > 0:
+            kept = draw_kept_tokens(tokens, self.patch_dropout, token_mask)
+            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+            token_mask = None if token_mask is None else token_mask.gather(1, kept)
+            rotation = None if rotation is None else rotation_of(rotation, kept, self._num_prefix_tokens)
+        prefix = [t.expand(tokens.shape[0], -1, -1) for t in (self.cls_token, self.register_tokens) if t is not None]
+        tokens = self.pos_drop(torch.cat([*prefix, tokens], dim=1) if prefix else tokens)
         key_mask = None
         if token_mask is not None:
-            attended = F.pad(token_mask, (1, 0), value=True) if self.cls_token is not None else token_mask
-            key_mask = attended[:, None, None, :]
-        for block in self.blocks:
-            tokens = block(tokens, key_mask)
+            key_mask = F.pad(token_mask, (self._num_prefix_tokens, 0), value=True)[:, None, None, :]
+        with pinned_attention(self._attention_shape(tokens, key_mask), tokens.device):
+            for block in self.blocks:
+                tokens = block(tokens, key_mask, rotation)
         return self._pool(self.norm(tokens), token_mask)
+
+    def _attention_shape(self, tokens: Tensor, key_mask: Tensor | None) -> AttentionShape:
+        return AttentionShape(
+            heads=self.config.num_heads,
+            head_dim=self.config.embed_dim // self.config.num_heads,
+            tokens=tokens.shape[1],
+            dtype=product_dtype(tokens),
+            masked=key_mask is not None,
+            trains=torch.is_grad_enabled(),
+        )
 
     def _pool(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         if self.cls_token is not None:
             return tokens[:, 0]
+        tokens = tokens[:, self._num_prefix_tokens :]
         if token_mask is None:
             return tokens.mean(dim=1)
         weights = token_mask.to(tokens.dtype)[:, :, None]
@@ -437,8 +430,8 @@ class SimplifiedTagger(nn.Module):
 def _fit_position_embedding(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Load hook: position embeddings of another image size are resized to this model's."""
     assert isinstance(module, SimplifiedTagger)
-    saved = state_dict.get(f"{prefix}pos_embed")
-    if saved is None or saved.shape == module.pos_embed.shape or saved.shape[-1] != module.pos_embed.shape[-1]:
+    saved, own_embed = state_dict.get(f"{prefix}pos_embed"), module.pos_embed
+    if saved is None or own_embed is None or saved.shape == own_embed.shape or saved.shape[-1] != own_embed.shape[-1]:
         return  # nothing to do, or a mismatch for load_state_dict to report
     side, own = math.isqrt(saved.shape[1]), module.config.grid_size
     if side * side != saved.shape[1]:

@@ -181,7 +181,7 @@ class Course:
 
 
 def plan_course(
-    before: Course | None, step: int, images_seen: int, updates_left: int, images_an_update: int, on_change: str
+    before: Course | None, step: int, images_seen: int, updates_left: int, images_left: int, on_change: str
 ) -> Course:
     """The course of a run that has made ``step`` updates and has ``updates_left``; ``before`` is what it was on.
 
@@ -205,7 +205,7 @@ def plan_course(
     if on_change == "keep":
         logger.warning("%s; the learning rate keeps to its old course", moved)
         return replace(before, end_step=total_steps)
-    share = images_seen / (images_seen + updates_left * images_an_update) if updates_left else 1.0
+    share = images_seen / (images_seen + images_left) if updates_left else 1.0
     logger.warning("%s; the learning rate goes on from %.1f %% of its schedule", moved, 100 * share)
     return Course(total_steps, step, share)
 
@@ -245,13 +245,13 @@ def scale_learning_rates(section: OptimizerSection, images_an_update: int) -> Op
     )
 
 
-def apply(schedule: Schedule, optimizer: Optimizer, step: int) -> float:
-    """Set every group's ``lr`` to its ``initial_lr`` times the factor at ``step``, and return the factor.
+def apply(schedule: Schedule, optimizer: Optimizer, step: int, scale: float = 1.0) -> float:
+    """Set every group's ``lr`` to its ``initial_lr`` times the factor at ``step`` times ``scale``; returns the product.
 
     A group's ``initial_lr`` is its ``lr`` when it is first seen, and travels with the optimizer's state dict. An ``lr``
     that is a tensor is filled in place, so that a captured or compiled update sees the change.
     """
-    factor = schedule.factor(step)
+    factor = schedule.factor(step) * scale
     for group in optimizer.param_groups:
         base = group.setdefault("initial_lr", float(group["lr"]))
         if isinstance(group["lr"], Tensor):

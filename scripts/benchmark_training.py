@@ -25,6 +25,11 @@ import train_direct
 from Configuration_System import FullConfig, load_config
 from tagger.batch import Batch
 from tagger.command import command
+from tagger.data.batch_plan import PlainPlan
+from tagger.data.epoch_order import EpochOrder
+from tagger.data.phases import PhasePlan
+from tagger.data.sampler import RowSampler
+from tagger.data.windows import Feed
 from tagger.files import write_json
 from tagger.options import Parser, output_file, whole
 from tagger.run_folder import RunFolder
@@ -41,6 +46,10 @@ class PairedLoader:
 
     def __init__(self, batches: Sequence[Batch], num_steps: int, parts: start_up.Parts) -> None:
         self._batches = [batch.to(parts.device) for batch in batches]
+        size = len(batches[0])
+        sampler = RowSampler(np.arange(num_steps * size), seed=0)
+        plan = PlainPlan(sampler, size, ((len(sampler), (size, size)),))
+        self.order = EpochOrder(plan, {"seed": 0, "rows": len(sampler), "rows_hash": 0})
         self._num_steps = num_steps
         self._device = parts.device
         self._model = copy.deepcopy(parts.model).train()
@@ -50,18 +59,14 @@ class PairedLoader:
         self.loop_s: list[float] = []
         self.bare_s: list[float] = []
 
-    def __len__(self) -> int:
-        return self._num_steps
-
-    @property
-    def batches_remaining(self) -> int:
-        return self._num_steps
-
     def set_epoch(self, epoch: int) -> None:
         assert epoch == 0
 
     def seek(self, position: Mapping[str, int]) -> None:
         raise AssertionError(f"a benchmark does not resume: {position}")
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, int]]]:
         for step in range(self._num_steps):
@@ -123,7 +128,8 @@ def measure(config: FullConfig, num_steps: int, console: Console) -> PairedLoade
         parts = start_up.build(config, folder, stop)
         batches = random_batches(4, config.training.batch_size, config.data.image_size, len(parts.vocabulary))
         loader = PairedLoader(batches, num_steps, parts)
-        parts = dataclasses.replace(parts, train_loader=loader, total_steps=num_steps)  # type: ignore[arg-type]
+        feed = Feed([loader], PhasePlan.create([1.0], 1, [loader.order]), 1)
+        parts = dataclasses.replace(parts, feed=feed, total_steps=num_steps)
         console.print(f"{num_steps} steps on {parts.device} ...")
         with parts.monitor, parts.manager:
             train_direct.train(parts)

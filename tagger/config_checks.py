@@ -4,7 +4,7 @@ Each raises ConfigError with one line: what was found, and what to do.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -124,20 +124,43 @@ def split_settings(
     )
 
 
-def whole_patches(image_size: int, patch_size: int, *, buckets: bool) -> None:
-    """Images are whole patches, and for aspect buckets there are enough of them."""
+def whole_patches(image_size: int, patch_size: int, *, buckets: bool, name: str = "data.image_size") -> None:
+    """Images are whole patches, and for aspect buckets there are enough of them; `name` is the setting's."""
     below = image_size // patch_size * patch_size
     require(
         image_size == below,
-        f"data.image_size={image_size} is not a multiple of model.patch_size={patch_size}",
+        f"{name}={image_size} is not a multiple of model.patch_size={patch_size}",
         f"use {below} or {below + patch_size}" if below else f"use {patch_size}",
     )
     require(
         not buckets or image_size >= 3 * patch_size,
-        f"data.fit=buckets needs at least 3 patches a side; data.image_size={image_size} has "
+        f"data.fit=buckets needs at least 3 patches a side; {name}={image_size} has "
         f"{image_size // patch_size} of model.patch_size={patch_size}",
-        f"use data.image_size={3 * patch_size} or more, or data.fit=letterbox",
+        f"use {name}={3 * patch_size} or more, or data.fit=letterbox",
     )
+
+
+def phase_settings(
+    phases: Sequence[tuple[int, float | None]], image_size: int, patch_size: int, *, buckets: bool
+) -> None:
+    """The phases' (image size, share of the images seen) make one run, whose model is of `image_size`."""
+    for number, (size, share) in enumerate(phases, 1):
+        last, name = number == len(phases), f"training.phases: image_size of phase {number}"
+        whole_patches(size, patch_size, buckets=buckets, name=name)
+        require(
+            size == image_size if last else size <= image_size,
+            f"{name}={size} is {'not' if last else 'above'} data.image_size={image_size}",
+            "the last phase has the size of the model, and no other a larger one",
+        )
+        found = f"training.phases: phase {number} of {len(phases)} has no share of the images"
+        require(last or share is not None, found, "give it one, e.g. share: 0.8")
+    if phases:
+        before, last_share = math.fsum(share or 0.0 for _, share in phases[:-1]), phases[-1][1]
+        require(
+            before < 1 if last_share is None else abs(before + last_share - 1) < 1e-9,
+            f"training.phases: the shares are {before + (last_share or 0.0):g} together",
+            "lower them below 1, and leave out that of the last phase: it has the rest",
+        )
 
 
 def threshold_goal(objective: str, precision: float, tags_per_image: float | None) -> None:

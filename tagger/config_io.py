@@ -115,9 +115,8 @@ def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
                 raise ConfigError(f"{layer.source}: unknown setting '{key}'{_nearest(key, set(hints))}")
             if _has_interpolation(value):
                 raise ConfigError(f"{layer.source}: {key} uses '${{...}}', which recipes may not; write the value")
-            if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
-                # No setting is a list of lists; OmegaConf would make text of the inner ones.
-                raise ConfigError(f"{layer.source}: {_mismatch(key, value, hints[key])}")
+            if isinstance(value, list):
+                _check_items(layer.source, key, value, hints[key])
             for stale in [k for k in origin if k.startswith(f"{key}.")]:
                 del origin[stale]
             origin[key] = layer.source
@@ -133,6 +132,34 @@ def compose(schema: type[T], layers: Iterable[Layer]) -> Loaded[T]:
         raise ConfigError(str(error).splitlines()[0]) from error
     plain = _flatten(_to_plain(built))
     return Loaded(built, {key: _origin_of(key, origin) for key in plain})
+
+
+def _check_items(source: str, key: str, items: list[Any], hint: Any) -> None:
+    """Raise ConfigError for a list that is not what the type means: OmegaConf would make text of lists inside it."""
+    group = _group_of(hint)
+    if group is None:
+        if any(isinstance(item, list | dict) for item in items):
+            raise ConfigError(f"{source}: {_mismatch(key, items, hint)}")
+        return
+    hints = _schema_hints(group)
+    needed = [field.name for field in dataclasses.fields(group) if field.default is field.default_factory]
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            raise ConfigError(f"{source}: {_mismatch(key, items, hint)}")
+        place = f"{key}, item {number}"
+        for name in _flatten(item):
+            if name not in hints:
+                raise ConfigError(f"{source}: {place}: unknown setting '{name}'{_nearest(name, set(hints))}")
+        for name in needed:
+            if name not in item:
+                raise ConfigError(f"{source}: {place} has no {name}; write it as in {name}: ...")
+        _merge(OmegaConf.structured(group), Layer(f"{source}: {place}", _flatten(item)), hints)
+
+
+def _group_of(hint: Any) -> type | None:
+    """The dataclass X of `list[X]`."""
+    (item,) = typing.get_args(hint) if typing.get_origin(hint) is list else (None,)
+    return item if dataclasses.is_dataclass(item) and isinstance(item, type) else None
 
 
 def _merge(tree: DictConfig, layer: Layer, hints: Mapping[str, Any]) -> DictConfig:
@@ -234,6 +261,8 @@ def _without_none(hint: Any) -> Any:
 def _meant(value: Any, hint: Any) -> Any:
     """The value as its type lets it be read: YAML makes false of a bare off, and one folder needs no brackets."""
     kind = _without_none(hint)
+    if value is None and _group_of(hint) is not None:
+        return []
     if isinstance(value, bool) and "off" in typing.get_args(kind):
         return "on" if value else "off"
     return [value] if isinstance(value, str) and value and kind == list[str] else value
@@ -245,6 +274,9 @@ def _mismatch(key: str, value: Any, hint: Any) -> str:
     if dataclasses.is_dataclass(kind):
         first = dataclasses.fields(kind)[0].name
         return f"{found}: {key} is a group of settings; set them one by one, e.g. {key}.{first}=..."
+    if (group := _group_of(kind)) is not None:
+        names = ", ".join(f"{each.name}: ..." for each in dataclasses.fields(group))
+        return f"{found} is not a list of groups of settings; write it as {key}=[{{{names}}}]"
     if typing.get_origin(kind) is list:
         texts = typing.get_args(kind) == (str,)
         what, sample = ("texts", "[one,two]") if texts else ("numbers", "[1,2,3]")

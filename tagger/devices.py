@@ -13,7 +13,12 @@ PrecisionMode = Literal["auto", "bf16", "fp16", "off"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `training.device` means; "auto" is CUDA, else Apple's GPU, else the CPU."""
+    """The device that `training.device` means; "auto" is CUDA, else Apple's GPU, else the CPU.
+
+    Also tells torch that products in 16 bits add up in float32 throughout: its default lets CUDA add parts in 16 bits.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
@@ -43,3 +48,11 @@ def autocast_dtype(mode: PrecisionMode, device: torch.device) -> torch.dtype | N
         logger.warning("this GPU has no bfloat16: training in float32; training.mixed_precision=fp16 is faster")
         return None
     return torch.bfloat16
+
+
+def product_dtype(like: torch.Tensor) -> torch.dtype:
+    """What a matrix product with this tensor of floats is computed in here: autocast's type where that is on."""
+    kind = like.device.type
+    # Torch knows no autocast on "meta", where tensors have shapes alone.
+    enabled = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else like.dtype

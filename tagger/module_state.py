@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tagger.errors import InputError
+from tagger.sharding import fill
 
 _COMPILED = "_orig_mod."
 _SHOWN = 3
@@ -37,12 +38,19 @@ def check_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], wh
         )
 
 
+def check_weights(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """As `check_tensors`, but position embeddings may be of another grid: the model resizes them as it loads them."""
+    resized = {"pos_embed"} & current.keys() & saved.keys()
+    own, there = ({k: v for k, v in tensors.items() if k not in resized} for tensors in (current, saved))
+    check_tensors(own, there, what)
+
+
 @torch.no_grad()
 def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
     """Copy saved tensors into current ones, in place, after checking that names, shapes and types are the same."""
     check_tensors(current, saved, what)
     for name, tensor in current.items():
-        tensor.copy_(saved[name])
+        fill(tensor, saved[name])
 
 
 def _form(tensor: Tensor) -> str:

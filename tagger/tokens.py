@@ -9,22 +9,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tagger.devices import product_dtype
+
+# The middle of a byte: (x - 128) / 128 is exact in every float type down to 8 bits of precision.
+_BYTE_MIDDLE = 128.0
+
 
 class PatchStem(nn.Module):
-    """Patches of `patch_size` pixels a side -> tokens: a strided convolution written as one matrix product."""
+    """Patches of `patch_size` pixels a side -> tokens: a strided convolution written as one matrix product.
+
+    Takes normalised pixels, or bytes together with their normalisation, which then goes into weight and bias: no image
+    in floating point is ever made, and 16-bit products see the pixels without rounding.
+    """
 
     def __init__(self, patch_size: int, embed_dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Linear(3 * patch_size * patch_size, embed_dim)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, H/P * W/P, D], row by row."""
+    def forward(self, pixels: Tensor, normalisation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """[B, 3, H, W] -> [B, H/P * W/P, D], row by row.
+
+        `pixels` are normalised, or uint8 with `normalisation`: scale and shift of a byte, [3, 1, 1] each.
+        """
         side = self.patch_size
         rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
         patches = pixels.reshape(-1, 3, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
-        tokens: Tensor = self.proj(patches.reshape(-1, rows * columns, 3 * side * side))
-        return tokens
+        patches = patches.reshape(-1, rows * columns, 3 * side * side)
+        if normalisation is None:
+            tokens: Tensor = self.proj(patches)
+            return tokens
+        centred = patches.to(product_dtype(self.proj.weight)).sub_(_BYTE_MIDDLE).mul_(1 / _BYTE_MIDDLE)
+        return F.linear(centred, *self._folded(*normalisation))
+
+    def _folded(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias for (byte - 128) / 128; with plain products, which autocast leaves in float32."""
+        by_channel = self.proj.weight.reshape(self.proj.out_features, 3, -1)
+        weight = (by_channel * (scale * _BYTE_MIDDLE).reshape(3, 1)).flatten(1)
+        bias = self.proj.bias + (by_channel.sum(2) * (shift + scale * _BYTE_MIDDLE).reshape(3)).sum(1)
+        return weight, bias
 
 
 class ResidualStage(nn.Module):
@@ -116,6 +139,19 @@ def _axis_matrix(old: int, new: int, like: Tensor) -> Tensor:
         # Along the width only: torch 2.13 on CPU gets images one pixel wide wrong.
         resized = F.interpolate(unit, size=(old, new), mode="bicubic", align_corners=False, antialias=True)
         return resized.reshape(old, new).t().contiguous().to(like.dtype).to(like.device)
+
+
+def draw_kept_tokens(tokens: Tensor, share: float, mask: Tensor | None) -> Tensor:
+    """Which tokens each image of [B, N, D] keeps when `share` of them, 0 <= x < 1, is left out: int64 [B, kept].
+
+    Drawn anew from the device's generator. Every image keeps the same number, at least one, so that shapes stay;
+    tokens outside `mask`, bool [B, N], go first.
+    """
+    batch, length = tokens.shape[:2]
+    order = torch.rand(batch, length, device=tokens.device)
+    if mask is not None:
+        order = order + (~mask).to(order.dtype)
+    return order.topk(max(1, round(length * (1.0 - share))), largest=False, sorted=False).indices
 
 
 def content_mask(valid_sizes: Tensor, height: int, width: int, cell: int = 1) -> Tensor:

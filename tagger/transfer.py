@@ -18,7 +18,7 @@ from tagger.artifact.tags import read_tags
 from tagger.checkpoint.format import MANIFEST_FILE, CheckpointError, Tensors, read_manifest, read_part
 from tagger.checkpoint.store import newest_first, read_best
 from tagger.errors import InputError
-from tagger.module_state import check_tensors, clean_name, named_tensors
+from tagger.module_state import check_weights, clean_name, named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,7 @@ def start_from(model: nn.Module, initial: InitialWeights, tags: Sequence[str]) -
         mixed: Tensor = current[name].detach().cpu().clone()
         mixed[own_rows] = source[source_rows].to(mixed.dtype)
         wanted[name] = mixed
-    body = {name: tensor for name, tensor in wanted.items() if name != "pos_embed"}
-    check_tensors({name: t for name, t in current.items() if name != "pos_embed"}, body, f"{initial.source}: weights")
+    check_weights(current, wanted, f"{initial.source}: weights")
     model.load_state_dict(wanted)
     logger.info("started from %s: %d of %d tags known there", initial.source, len(pairs), len(tags))
     return len(pairs)

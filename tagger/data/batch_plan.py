@@ -57,6 +57,14 @@ class Spans:
             for start in starts:
                 yield Span(start, min(start + self.batch_size, end), min(start - self.ahead + self.step, end))
 
+    def done_after(self, num_batches: int) -> int:
+        """The samples that all ranks have consumed with the first `num_batches`, 1 .. len(self)."""
+        for starts, end in self.pieces:
+            if num_batches <= len(starts):
+                return min(starts[num_batches - 1] - self.ahead + self.step, end)
+            num_batches -= len(starts)
+        raise IndexError(f"{num_batches} batches more than there are")
+
 
 class Grouping(NamedTuple):
     """What the order inside a window depends on, and the samples before which nothing is left to serve."""
@@ -92,6 +100,9 @@ class BatchPlan(Protocol):
 
     def resume_at(self, samples: int, grouping: Grouping | None) -> int:
         """Where to go on from a position: at `samples`, or before them where the order inside windows is another."""
+
+    def start_near(self, samples: int) -> int:
+        """The place in an epoch nearest to `samples` that can be gone on from after any other plan's batches."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,9 @@ class PlainPlan:
 
     def resume_at(self, samples: int, grouping: Grouping | None) -> int:
         return samples if grouping is None else grouping.whole
+
+    def start_near(self, samples: int) -> int:
+        return samples
 
 
 class _Window(NamedTuple):
@@ -220,6 +234,12 @@ class BucketPlan:
         if grouping is not None and grouping.hash == self._hash and samples % self._step == 0:
             return samples
         return self._boundary(samples if grouping is None else grouping.whole)
+
+    def start_near(self, samples: int) -> int:
+        before = self._boundary(samples)
+        next_step = self._first_step(self._number(before // self._step) + 1) if before < self._end else self._num_steps
+        after = next_step * self._step if next_step < self._num_steps else len(self.sampler)
+        return before if samples - before <= after - samples else after
 
     def _first_step(self, window: int) -> int:
         return window * self._num_steps // self._num_windows

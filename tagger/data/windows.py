@@ -1,22 +1,27 @@
-"""Batches grouped into the windows of one update each (gradient accumulation), from any position to the last epoch."""
+"""Batches grouped into the windows of one update each (gradient accumulation), from any position to the last epoch.
 
-from collections.abc import Iterator, Mapping
+They come from one loader for each phase of the run, which may change inside an epoch: positions count samples, so the
+next loader goes on where the one before it stopped.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
 from tagger.batch import Batch
+from tagger.data.epoch_order import EpochOrder, EpochRest
+from tagger.data.phases import PhasePlan
 
 
 class EpochLoader(Protocol):
     """A loader whose batches carry the position that resumes after them."""
 
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-
     @property
-    def batches_remaining(self) -> int:
-        """Batches that the next iteration yields."""
+    def order(self) -> EpochOrder:
+        """Where its batches lie."""
 
     def set_epoch(self, epoch: int) -> None:
         """Start `epoch` from its first batch at the next iteration."""
@@ -27,15 +32,22 @@ class EpochLoader(Protocol):
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, int]]]:
         """The batches that remain of the epoch."""
 
+    def close(self) -> None:
+        """End what runs in the background; iterating again starts it again."""
+
 
 @dataclass(frozen=True)
 class Window:
-    """The batches of one update, the position that resumes after them, and whether they end their epoch."""
+    """The batches of one update, the position that resumes after them, and whether they end their epoch.
+
+    `phase` numbers the phases of the run from 0.
+    """
 
     batches: tuple[Batch, ...]
     position: dict[str, int]
     epoch: int
     ends_epoch: bool
+    phase: int = 0
 
     @property
     def num_images(self) -> int:
@@ -43,35 +55,103 @@ class Window:
         return sum(len(batch) for batch in self.batches)
 
 
-def accumulation_windows(
-    loader: EpochLoader, position: Mapping[str, int] | None, first_epoch: int, num_epochs: int, size: int
-) -> Iterator[Window]:
-    """Windows of `size` batches up to the end of epoch `num_epochs - 1`; the last one of an epoch may be shorter.
+@dataclass(frozen=True)
+class Leg:
+    """Batches in a row, of one rank, in one epoch and one phase, from `position` (None: the epoch's start).
 
-    `position` lies in `first_epoch`; None starts that epoch from its first batch.
+    `num_images` are those of all ranks.
     """
-    for epoch in range(first_epoch, num_epochs):
-        if epoch == first_epoch and position is not None:
-            loader.seek(position)
+
+    phase: int
+    epoch: int
+    position: Mapping[str, int] | None
+    num_batches: int
+    num_images: int
+    ends_epoch: bool
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run still has before it, by phase: updates, and images of all ranks."""
+
+    updates: tuple[int, ...]
+    images: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The loaders of a run's phases, and how they take turns; an update takes `size` batches of one phase.
+
+    A phase ends with an update, the first that reaches the place where the next one starts. The last window of an
+    epoch may be shorter.
+    """
+
+    loaders: Sequence[EpochLoader]
+    plan: PhasePlan
+    size: int
+
+    def legs(self, position: Mapping[str, int] | None, epoch: int) -> Iterator[Leg]:
+        """From `position` in `epoch` (None: its start) to the end of the last epoch; looked up, no loader moves."""
+        while epoch < self.plan.num_epochs:
+            phase = self.plan.phase_at(epoch, position)
+            rest = self.loaders[phase].order.rest(epoch, position)
+            if not len(rest):
+                epoch, position = epoch + 1, None
+                continue
+            ends_phase = partial(self._ends_phase, phase, rest)
+            windows = 1 + bisect_left(range(1, self._windows(len(rest))), True, key=ends_phase)
+            num_batches = min(windows * self.size, len(rest))
+            after = rest.position_after(num_batches)
+            beyond = self.loaders[self.plan.phase_at(epoch, after)].order.rest(epoch, after)
+            yield Leg(phase, epoch, position, num_batches, rest.num_samples(num_batches), not len(beyond))
+            position = after
+
+    def left(self, position: Mapping[str, int] | None, epoch: int) -> Left:
+        """What `accumulation_windows` of the same arguments gives, counted."""
+        updates, images = [0] * len(self.loaders), [0] * len(self.loaders)
+        for leg in self.legs(position, epoch):
+            updates[leg.phase] += self._windows(leg.num_batches)
+            images[leg.phase] += leg.num_images
+        return Left(tuple(updates), tuple(images))
+
+    def loader_at(self, position: Mapping[str, int] | None, epoch: int) -> EpochLoader:
+        """Whose turn it is after a position."""
+        return self.loaders[self.plan.phase_at(epoch, position)]
+
+    def close(self) -> None:
+        """End what runs in the background of any loader."""
+        for loader in self.loaders:
+            loader.close()
+
+    def _ends_phase(self, phase: int, rest: EpochRest, windows: int) -> bool:
+        """Whether the phase is over after so many windows of what is left of an epoch."""
+        return self.plan.phase_at(rest.epoch, rest.position_after(windows * self.size)) > phase
+
+    def _windows(self, num_batches: int) -> int:
+        return -(-num_batches // self.size)
+
+
+def accumulation_windows(feed: Feed, position: Mapping[str, int] | None, first_epoch: int) -> Iterator[Window]:
+    """The windows of a run up to its last epoch.
+
+    `position` lies in `first_epoch`; None starts that epoch from its first batch. What a loader runs in the background
+    ends with its phase.
+    """
+    before: EpochLoader | None = None
+    for leg in feed.legs(position, first_epoch):
+        loader = feed.loaders[leg.phase]
+        if before is not None and before is not loader:
+            before.close()
+        before = loader
+        if leg.position is None:
+            loader.set_epoch(leg.epoch)
         else:
-            loader.set_epoch(epoch)
-        remaining = loader.batches_remaining
+            loader.seek(leg.position)
+        remaining = leg.num_batches
         batches = iter(loader)
         while remaining > 0:
-            taken = list(islice(batches, size))
+            taken = list(islice(batches, min(feed.size, remaining)))
             assert taken, f"the loader ended {remaining} batches early"
             remaining -= len(taken)
-            yield Window(tuple(batch for batch, _ in taken), taken[-1][1], epoch, remaining == 0)
-
-
-def windows_left(
-    loader: EpochLoader, position: Mapping[str, int] | None, first_epoch: int, num_epochs: int, size: int
-) -> int:
-    """How many windows `accumulation_windows` yields for the same arguments; leaves the loader at `position`."""
-    if first_epoch >= num_epochs:
-        return 0
-    if position is None:
-        loader.set_epoch(first_epoch)
-    else:
-        loader.seek(position)
-    return -(-loader.batches_remaining // size) + (num_epochs - first_epoch - 1) * -(-len(loader) // size)
+            ends_epoch = leg.ends_epoch and remaining == 0
+            yield Window(tuple(batch for batch, _ in taken), taken[-1][1], leg.epoch, ends_epoch, leg.phase)

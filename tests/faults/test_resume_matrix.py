@@ -54,6 +54,11 @@ SETTINGS = (
     "monitor.tensorboard=false",
     "checkpoint.keep_last=1",
 )
+# The second begins inside the second epoch, and its augmentation is the recipe's.
+PHASES = (
+    "training.phases=[{image_size: 16, share: 0.45, batch_size: 3, learning_rate_factor: 0.5, patch_dropout: 0.25, "
+    "augment: {brightness: {probability: 0.5, strength: 0.3}}}, {image_size: 32}]"
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def train_to(words: list[str], name: str, stops: list[int]) -> Done:
                     with parts.monitor, parts.manager:
                         train_direct.train(parts)
                 finally:
-                    parts.train_loader.close()
+                    parts.feed.close()
                     parts.validation_loader.close()
                 assert parts.state.step == min(stop_at, parts.total_steps)
     checkpoint = load_checkpoint(config.run.folder / "checkpoints", "latest")
@@ -142,12 +147,28 @@ def assert_equal(resumed: Done, straight: Done, stops: list[int]) -> None:
     assert resumed.metrics == straight.metrics, stops
 
 
-def straight_run(words: list[str], accumulation: int) -> Done:
+def straight_run(words: list[str], num_steps: int) -> Done:
     straight = train_to(words, "straight", [10**6])
-    assert straight.checkpoint.step == NUM_EPOCHS * (5 if accumulation == 1 else 2)
+    assert straight.checkpoint.step == num_steps
     assert {line["step"] for line in straight.metrics} >= set(range(2, straight.checkpoint.step + 1, 2))
     assert straight.checkpoint.tensors.keys() == {"model", "optimizer", "ema", "rng"}
     return straight
+
+
+def num_updates(accumulation: int) -> int:
+    """Of a run without phases."""
+    return NUM_EPOCHS * (5 if accumulation == 1 else 2)
+
+
+def every_stop_changes_nothing(words: list[str], num_steps: int) -> int:
+    """Each stop alone, and a run that is stopped at all of them; returns how often a run was started."""
+    straight = straight_run(words, num_steps)
+    each = range(1, num_steps)
+    for step in each:
+        assert_equal(train_to(words, f"stop-{step}", [step, 10**6]), straight, [step])
+    everywhere = [*each, 10**6]
+    assert_equal(train_to(words, "everywhere", everywhere), straight, everywhere)
+    return 1 + 2 * len(each) + len(everywhere)
 
 
 @pytest.mark.slow
@@ -156,24 +177,27 @@ def straight_run(words: list[str], accumulation: int) -> Done:
 def test_a_stop_at_any_step_changes_nothing(
     images: Path, tmp_path: Path, accumulation: int, processes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each stop alone, and a run that is stopped at all of them."""
     words = words_of(images, tmp_path, accumulation, processes)
     with nursery() if processes else contextlib.nullcontext() as started:
-        straight = straight_run(words, accumulation)
-        each = range(1, straight.checkpoint.step)
-        for step in each:
-            assert_equal(train_to(words, f"stop-{step}", [step, 10**6]), straight, [step])
-        everywhere = [*each, 10**6]
-        assert_equal(train_to(words, "everywhere", everywhere), straight, everywhere)
+        num_starts = every_stop_changes_nothing(words, num_updates(accumulation))
     # Two for training in every leg, and two for validation in those that come to the end of an epoch.
-    assert started is None or started.num_started > 2 * (1 + 2 * len(each) + len(everywhere))
+    assert started is None or started.num_started > 2 * num_starts
     assert "starting it again" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_stop_in_any_phase_changes_nothing(images: Path, tmp_path: Path) -> None:
+    """Six updates of the first phase, the last two of them in the second epoch, and four of the second."""
+    every_stop_changes_nothing([*words_of(images, tmp_path, 2, 0), PHASES], 10)
+    lines = metrics_of(tmp_path / "everywhere" / "metrics.jsonl")
+    sizes = {line["step"]: line["train/image_size"] for line in lines if "train/image_size" in line}
+    assert sizes == {2: 16, 4: 16, 6: 16, 8: 32, 10: 32}
 
 
 @pytest.mark.slow
 def test_processes_started_from_nothing_change_nothing_either(images: Path, tmp_path: Path) -> None:
     """Loader processes as a run starts them, in a second: equal to a run that never stopped and has threads."""
-    straight = straight_run(words_of(images, tmp_path / "threads", 3, 0), 3)
+    straight = straight_run(words_of(images, tmp_path / "threads", 3, 0), num_updates(3))
     resumed = train_to(words_of(images, tmp_path / "processes", 3, 2), "resumed", [3, 10**6])
     assert resumed.rows == straight.rows and resumed.metrics == straight.metrics
     for part, tensors in straight.checkpoint.tensors.items():

@@ -84,7 +84,7 @@ def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     with StopRequest() as stop, RunFolder.open(config.run.folder, resume=False) as folder:
         parts = start_up.build(config, folder, stop)
         with parts.monitor, parts.manager:
-            yield parts, list(accumulation_windows(parts.train_loader, None, 0, 1, config.training.accumulation_steps))
+            yield parts, list(accumulation_windows(parts.feed, None, 0))
 
 
 def anew(

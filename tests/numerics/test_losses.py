@@ -11,7 +11,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import loss_functions
 from Configuration_System import LossSection
 from loss_functions import (
     LOSSES,
@@ -23,6 +22,7 @@ from loss_functions import (
     create_loss,
     tag_weights_from_counts,
 )
+from tagger.losses import summed
 
 SETTINGS = [(4, 0, 0.05), (4, 1, 0.05), (2, 2, 0.0), (0, 0, 0.0), (0, 0, 0.05), (2.5, 0.5, 0.2), (0.5, 1.5, 0.05)]
 
@@ -165,7 +165,9 @@ def test_half_logits_are_computed_in_float32_also_under_autocast(dtype):
             assert half_value.dtype == torch.float32
             assert exact_value.dtype == torch.float64
             torch.testing.assert_close(half_value, value, rtol=0, atol=0)
-            torch.testing.assert_close(half_gradient, gradient.to(dtype), rtol=0, atol=0)
+            # Kept in bfloat16: float16 has more digits, but not for what is below 6e-8.
+            rounding = 0.0 if dtype == torch.bfloat16 else 2**-8
+            torch.testing.assert_close(half_gradient, gradient.to(dtype), rtol=rounding, atol=rounding * 2e-5)
 
 
 def test_binary_cross_entropy_equals_torch():
@@ -242,7 +244,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     logits = some_logits("random")
     targets = some_targets(logits)
     whole = value_and_gradient(AsymmetricFocalLoss(), logits, targets)
-    monkeypatch.setattr(loss_functions, "_CPU_BLOCK", 7)
+    monkeypatch.setattr(summed, "_CPU_BLOCK", 7)
     torch.testing.assert_close(value_and_gradient(AsymmetricFocalLoss(), logits, targets), whole)
 
 

@@ -1,0 +1,217 @@
+"""Phases of a run: what each of them serves and trains with, what is logged, and how a changed recipe goes on."""
+
+import dataclasses
+from pathlib import Path
+
+import orjson
+import pytest
+from torch import Tensor
+
+import start_up
+import train_direct
+from Configuration_System import AugmentOperation, AugmentSection, FullConfig, PhaseSection, load_config
+from tagger.artifact import load_artifact
+from tagger.config_io import ConfigError, save_yaml
+from tagger.data.windows import Window
+from tagger.preprocess import Preprocess
+from tests.tiny_dataset import assert_same, epoch_of, loaders
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "configs" / "unified_config.yaml"
+# 45 training images.
+SMALL = (
+    "data.image_size=32",
+    "data.val_fraction=0.2",
+    "data.num_threads=1",
+    "vocabulary.min_frequency=1",
+    "model.preset=vit_tiny",
+    "model.patch_size=8",
+    "model.embed_dim=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "training.device=cpu",
+    "training.batch_size=4",
+    "training.num_epochs=3",
+    "monitor.log_every_steps=1",
+    "monitor.tensorboard=false",
+)
+LAST = "{image_size: 32, learning_rate_factor: 0.5}"
+FIRST = "{image_size: 16, share: 0.5, patch_dropout: 0.5, augment: {brightness: {probability: 1, strength: 0.2}}}"
+
+
+def phases_of(*words: str) -> tuple[start_up.Phase, ...]:
+    return start_up.resolve_phases(load_config(RECIPE, words, environment={}))
+
+
+def test_without_phases_a_run_has_one_that_is_the_recipe() -> None:
+    (phase,) = phases_of("training.batch_size=24", "data.image_size=96", "model.patch_dropout=0.25")
+    assert phase == start_up.Phase(96, 1.0, 24, 1.0, 0.25, AugmentSection())
+    assert phases_of("training.phases=null") == phases_of("training.phases=[]") == phases_of()
+
+
+def test_what_a_phase_leaves_open_comes_from_the_recipe_and_its_batches_have_as_many_patches() -> None:
+    blur = "augment: {blur: {probability: 0.5, strength: 2}}"
+    first, second = phases_of(
+        f"training.phases=[{{image_size: 112, share: 0.8, patch_dropout: 0, {blur}}}, {{image_size: 224}}]",
+        "training.batch_size=10",
+        "model.patch_dropout=0.25",
+        "augment.rotation={probability: 1, strength: 5}",
+    )
+    assert (first.batch_size, first.patch_dropout) == (40, 0.0)
+    assert first.augment == AugmentSection(blur=AugmentOperation(0.5, 2.0))
+    assert (second.batch_size, second.patch_dropout, second.share) == (10, 0.25, pytest.approx(0.2))
+    assert second.augment == AugmentSection(rotation=AugmentOperation(1.0, 5.0))
+
+
+def test_the_rule_of_learning_rates_by_batch_size_holds_in_every_phase() -> None:
+    words = (
+        "training.phases=[{image_size: 112, share: 0.5}, {image_size: 224, learning_rate_factor: 3}]",
+        "training.batch_size=16",
+    )
+    assert [phase.learning_rate_factor for phase in phases_of(*words)] == [1.0, 3.0]
+    assert [p.learning_rate_factor for p in phases_of(*words, "optimizer.base_batch_size=64")] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ("[{image_size: 100, share: 0.5}, {image_size: 224}]", "phase 1=100 is not a multiple of model.patch_size=16"),
+        ("[{image_size: 112, share: 0.5}, {image_size: 208}]", "phase 2=208 is not data.image_size=224; the last"),
+        ("[{image_size: 448, share: 0.5}, {image_size: 224}]", "phase 1=448 is above data.image_size=224; the last"),
+        ("[{image_size: 112}, {image_size: 224}]", "phase 1 of 2 has no share of the images; give it one"),
+        ("[{image_size: 112, share: 0.5}, {image_size: 224, share: 0.4}]", "the shares are 0.9 together; lower them"),
+        ("[{image_size: 112, share: 0.6}, {image_size: 112, share: 0.4}, {image_size: 224}]", "shares are 1 together"),
+        ("[{image_size: 112, share: 1.5}, {image_size: 224}]", "share=1.5 is not between 0 and 1"),
+        ("[{image_size: 112, share: 0.5, batch_size: 0}, {image_size: 224}]", "batch_size=0 is not above 0"),
+        ("[{share: 0.5}, {image_size: 224}]", "training.phases, item 1 has no image_size; write it as in image_size:"),
+        ("[{image_sice: 112}]", "training.phases, item 1: unknown setting 'image_sice'; did you mean 'image_size'?"),
+        ("[{image_size: 224, augment: {blurr: null}}]", "unknown setting 'augment.blurr'; did you mean 'augment.blur'"),
+        ("[224]", "is not a list of groups of settings; write it as training.phases=[{image_size: ..., share: ..."),
+        ("224", "is not a list of groups of settings; write it as training.phases=[{image_size: ..., share: ..."),
+        ("[{image_size: 112, share: half}, {image_size: 224}]", "item 1: share=half is not a number or null; write"),
+    ],
+)  # fmt: skip
+def test_phases_that_make_no_run_are_refused_with_what_to_do(phases: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(RECIPE, [f"training.phases={phases}"], environment={})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_phase_too_small_for_buckets_is_refused() -> None:
+    words = ["data.fit=buckets", "training.phases=[{image_size: 32, share: 0.5}, {image_size: 224}]"]
+    with pytest.raises(ConfigError, match=r"at least 3 patches a side; .*phase 1=32 has 2"):
+        load_config(RECIPE, words, environment={})
+
+
+@pytest.mark.parametrize(
+    ("fit", "num_processes"), [("letterbox", 0), ("buckets", 0), pytest.param("letterbox", 1, marks=pytest.mark.slow)]
+)
+def test_a_resized_loader_serves_the_same_images_as_one_made_at_that_size(
+    drawn: Path, fit: str, num_processes: int
+) -> None:
+    options = {"data__fit": fit, "data__num_processes": num_processes, "model__patch_size": 8}
+    train, _, _ = loaders(drawn, **options)
+    small, _, _ = loaders(drawn, data__image_size=24, training__batch_size=6, **options)
+    resized = train.resized(Preprocess.create(24, fit, 8), 6)  # type: ignore[arg-type]
+    try:
+        whole = epoch_of(resized, 1)
+        assert_same(whole, epoch_of(small, 1))
+        # Positions of either are positions of the other, and the loader it came from is as it was.
+        train.seek(whole[1][1])
+        assert (train.preprocess.image_size, train.batches_remaining) == (32, len(train.order.rest(1, whole[1][1])))
+        assert len(resized) == len(whole) != len(train)
+    finally:
+        for loader in (train, small, resized):
+            loader.close()
+
+
+def arguments(images: Path, runs: Path, name: str, *more: str) -> list[str]:
+    words = [f"data.roots=[{images}]", f"data.index_dir={images.parent / 'index'}", f"run.output_dir={runs}"]
+    return ["--config", str(RECIPE), *SMALL, *words, f"run.name={name}", *more]
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an update was made with."""
+
+    shapes: list[tuple[int, ...]]
+    patch_dropout: float
+    learning_rate: float
+    rows: list[int]
+
+
+def recorded(patch: pytest.MonkeyPatch) -> list[Update]:
+    """The updates of the runs that follow."""
+    updates: list[Update] = []
+    inner = train_direct.train_step
+
+    def step(parts: start_up.Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+        result = inner(parts, window)
+        shapes = [tuple(batch.images.shape) for batch in window.batches]
+        rows = [row for batch in window.batches for row in batch.row_ids.tolist()]
+        rate = float(parts.state.optimizer.param_groups[0]["lr"]) / parts.schedule.factor(parts.state.step)
+        updates.append(Update(shapes, parts.model.patch_dropout, rate, rows))
+        return result
+
+    patch.setattr(train_direct, "train_step", step)
+    return updates
+
+
+def test_each_phase_trains_as_it_says_and_the_model_is_of_the_last_size(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = recorded(monkeypatch)
+    assert train_direct.main(arguments(images, tmp_path, "run", f"training.phases=[{FIRST}, {LAST}]")) == 0
+    first = [u for u in updates if u.shapes[0][2:] == (16, 16)]
+    second = updates[len(first) :]
+    assert {(u.shapes[0], u.patch_dropout) for u in first} == {((16, 3, 16, 16), 0.5)}
+    assert {(u.shapes[0], u.patch_dropout) for u in second} == {((4, 3, 32, 32), 0.0)}
+    assert [u.learning_rate for u in first] == pytest.approx([1e-3] * len(first))
+    assert [u.learning_rate for u in second] == pytest.approx([5e-4] * len(second))
+    # The second epoch changes its size on the way, and no image comes twice in it.
+    assert (len(first), len(second)) == (4, 3 + 11)
+    seen = [row for u in updates[2:7] for row in u.rows]
+    assert len(seen) == len(set(seen)) == 44
+    lines = [orjson.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
+    logged = [line["train/image_size"] for line in lines if "train/loss" in line]
+    assert logged == [16] * len(first) + [32] * len(second)
+    artifact = load_artifact(tmp_path / "run" / "model")
+    assert artifact.preprocess.image_size == 32
+
+
+def test_a_changed_recipe_goes_on_by_its_own_plan_and_says_what_moved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"training.phases=[{FIRST}, {LAST}]", "checkpoint.every_steps=1"]
+    updates = recorded(monkeypatch)
+    assert train_direct.main(arguments(images, tmp_path, "run", *words, "training.num_epochs=2")) == 0
+    before = len(updates)
+    assert updates[-1].shapes[0][2] == 32
+    caplog.clear()
+    more = arguments(images, tmp_path, "run", *words, "training.num_epochs=8", "--resume", "latest")
+    assert train_direct.main(more) == 0
+    text = caplog.text
+    assert "this place in the run was in the phase of 32 px and is in that of 16 px now" in text
+    assert "phase 1 of 2: 16 px in batches of 16, from 0 epochs on; 4 updates to come" in text
+    assert "phase 2 of 2: 32 px in batches of 4, from 4 epochs on; 44 updates to come" in text
+    assert [u.shapes[0][2] for u in updates[before:]] == [16] * 4 + [32] * 44
+
+
+def test_a_resume_with_the_same_recipe_is_silent_about_phases(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"training.phases=[{FIRST}, {LAST}]", "training.num_epochs=2"]
+    assert train_direct.main(arguments(images, tmp_path, "run", *words)) == 0
+    caplog.clear()
+    assert train_direct.main(arguments(images, tmp_path, "run", *words, "--resume", "latest")) == 0
+    assert "this place in the run" not in caplog.text and "changed since" not in caplog.text
+
+
+def test_saved_phases_are_read_back(tmp_path: Path) -> None:
+    config = load_config(RECIPE, [f"training.phases=[{FIRST}, {LAST}]", "data.image_size=32"], environment={})
+    assert config.training.phases[0] == PhaseSection(
+        16, 0.5, None, 1.0, 0.5, AugmentSection(brightness=AugmentOperation(1.0, 0.2))
+    )
+    save_yaml(config, tmp_path / "config.yaml")
+    again: FullConfig = load_config(tmp_path / "config.yaml", environment={})
+    assert again == config
