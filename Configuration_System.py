@@ -280,6 +280,7 @@ class TrainingSection(Section):
     batch_size: int = setting(64, POSITIVE)
     accumulation_steps: int = setting(1, POSITIVE)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = setting(42, NOT_NEGATIVE)
     mixed_precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"

@@ -5,11 +5,13 @@ reported, and is tried again with the next ones. When something is logged is the
 step alone.
 """
 
+import io
 import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
@@ -88,7 +90,8 @@ class TrainingMonitor:
 
     `resume_step` is the step that the run continues from: what the files hold past it is removed. None starts anew.
     `settings` is the resolved configuration by dotted key, for the services that show it. `dropped` counts, by sink,
-    the entries that were lost. Use as a context manager, or call `close`.
+    the entries that were lost. `silent`: reports nothing anywhere, for a rank beside the one that reports. Use as a
+    context manager, or call `close`.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class TrainingMonitor:
         resume_step: int | None = None,
         settings: Mapping[str, object] | None = None,
         console: Console | None = None,
+        silent: bool = False,
     ) -> None:
         self.tracker = ThreadSafeMetricsTracker()
         self.dropped: dict[str, int] = {}
@@ -108,7 +112,10 @@ class TrainingMonitor:
         self._step_with_figures: int | None = None
         self._closed = False
         self._sinks: list[Sink] = []
-        self._open("metrics.jsonl", lambda: JsonlSink(folder.metrics_path, resume_step))
+        if silent:
+            section, console = replace(section, tensorboard=False, wandb=False), Console(file=io.StringIO())
+        else:
+            self._open("metrics.jsonl", lambda: JsonlSink(folder.metrics_path, resume_step))
         if section.tensorboard:
             self._open("TensorBoard", lambda: TensorBoardSink(folder.tensorboard_dir, resume_step))
         if section.wandb:

@@ -433,11 +433,12 @@ def create_dataloaders(
     *,
     quarantine_file: Path | None = None,
     ontology: Ontology | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[DataLoader, DataLoader]:
     """(training, validation) loaders of the configured data set; `index`, from `open_dataset`, saves a second scan.
 
     `quarantine_file` keeps what is known of broken images from one start of a run to the next; the caller owns it.
-    `ontology`, that of `vocabulary`, says which tags the tags of sidecars stand for.
+    `ontology`, that of `vocabulary`, says which tags the tags of sidecars stand for. `share`: (rank, number of ranks).
     Raises InputError for a data set or a split that cannot be used.
     """
     data, seed = config.data, config.training.seed
@@ -452,7 +453,8 @@ def create_dataloaders(
     options = LoadOptions.from_config(data, config.model.resolved_patch_size, on_cuda=on_cuda)
     if options.cache is not None:
         logger.info("%s", ImageReader(index, options.cache).describe_cache())
-    quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding))
+    rank, world_size = share
+    quarantine = Quarantine(quarantine_file, describe_decoder(options.decoding), writes=rank == 0)
     train = DataLoader(
         dataset,
         split.training_rows,
@@ -465,6 +467,8 @@ def create_dataloaders(
         sampler=create_sampler(
             data.sampling, dataset.table, split.training_rows, seed, power=data.sampling_power, cap=data.sampling_cap
         ),
+        rank=rank,
+        world_size=world_size,
     )
     validation = DataLoader(
         dataset,
@@ -473,6 +477,8 @@ def create_dataloaders(
         options,
         split=split,
         quarantine=quarantine,
+        rank=rank,
+        world_size=world_size,
     )
     logger.info("%s", split.describe())
     return train, validation
@@ -490,11 +496,5 @@ def create_part_loader(beside: DataLoader, part: Part) -> DataLoader:
             f"no image is held out for {part.purpose}; set data.{part.name.lower()}_fraction, e.g. to 0.05, and train "
             "a new run with it: these images must not have been trained on"
         )
-    return DataLoader(
-        beside.dataset,
-        rows,
-        beside._source.plan.batch_size,
-        beside.options,
-        split=beside.split,
-        quarantine=beside.ledger.quarantine,
-    )
+    batch_size, known = beside._source.plan.batch_size, beside.ledger.quarantine
+    return DataLoader(beside.dataset, rows, batch_size, beside.options, split=beside.split, quarantine=known)

@@ -3,8 +3,10 @@
 Refuses, with InputError, what cannot be trained as asked, before anything is written that would have to be undone.
 """
 
+import json
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,17 +21,21 @@ from Monitor_log import TrainingMonitor
 from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course, scale_learning_rates
 from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
+from tagger.checkpoint.follower import CheckpointFollower
+from tagger.checkpoint.format import LoadedCheckpoint, read_checkpoint
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.phases import PhasePlan
 from tagger.data.windows import Feed, Left
 from tagger.data.yardstick import yardstick_sha256
+from tagger.distributed import ALONE, Ranks
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
 from tagger.meter import TrainingMeter
 from tagger.objective import TrainingObjective
 from tagger.ontology import ONTOLOGY_FILE
 from tagger.ontology_file import require_unchanged
+from tagger.parallel import Parallel, require_shardable, synchronise_norms
 from tagger.preprocess import Preprocess
 from tagger.run_folder import RunFolder, config_path, probe_checkpoints, resume_origin
 from tagger.stop import StopRequest
@@ -69,6 +75,7 @@ class Parts:
 
     config: FullConfig
     folder: RunFolder
+    ranks: Ranks
     device: torch.device
     vocabulary: TagVocabulary
     train_loader: DataLoader
@@ -80,13 +87,14 @@ class Parts:
     feed: Feed
     criterion: Criterion
     objective: torch.nn.Module
+    parallel: Parallel
     learning_rate: float  # of the head, before the schedule
     schedule: Schedule
     state: TrainState
     boundary: StepBoundary
     guard: UpdateGuard
     meter: TrainingMeter
-    manager: CheckpointManager
+    manager: CheckpointManager | CheckpointFollower
     monitor: TrainingMonitor
     stop: StopRequest
     alerts: Alerts
@@ -108,18 +116,32 @@ def check(config: FullConfig) -> str:
     )
 
 
-def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts | None = None) -> Parts:
-    """Everything that the loop needs, for a fresh run and for one that goes on; without `alerts` nobody is told."""
+def build(
+    config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts | None = None, ranks: Ranks = ALONE
+) -> Parts:
+    """Everything that the loop needs, for a fresh run and for one that goes on; without `alerts` nobody is told.
+
+    Every one of `ranks` calls it; rank 0 alone writes into the folder.
+    """
     training = config.training
-    probe_checkpoints(folder.path)
+    require_shardable(training.parallel, ranks, config.optimizer.name)
     device = resolve_device(training.device)
     seed_everything(training.seed)
-    vocabulary, train_loader, validation_loader, model = open_data_and_model(
-        config, folder.vocabulary_path, folder.quarantine_path
-    )
-    model.to(device)
+    vocabulary, train_loader, validation_loader, model = open_for_all(config, folder, ranks)
     yardstick = measured_with(config, vocabulary, validation_loader)
-    images_an_update = training.batch_size * training.accumulation_steps
+    facts = {"configuration": digest(nameless(config)), "vocabulary": vocabulary.sha256}
+    ranks.require_same({**facts, "data set": json.dumps(train_loader.order.identity), "validation part": yardstick})
+    manager = open_checkpoints(config, folder, vocabulary, yardstick, ranks)
+    # Where the weights come from, the first that applies: 1. the checkpoint to resume from (with checkpoint.resume=auto
+    # there may be none); 2. the weights of another run (checkpoint.init_from); 3. scratch.
+    loaded = find_checkpoint(config, folder, manager, ranks)
+    if loaded is None and config.checkpoint.init_from is not None:
+        start_from(model, find_initial_weights(Path(config.checkpoint.init_from)), vocabulary.tags)
+    model.to(device)
+    synchronise_norms(model, ranks, device)
+    criterion = build_criterion(config, vocabulary).to(device)
+    parallel = Parallel(TrainingObjective(model, criterion, config.loss.chunk_tags), model, ranks, training.parallel)
+    images_an_update = training.batch_size * training.accumulation_steps * ranks.world_size
     rates = scale_learning_rates(config.optimizer, images_an_update)
     state = TrainState(
         model,
@@ -128,28 +150,17 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         None if training.ema_decay is None else ExponentialMovingAverage(model, training.ema_decay),
         EarlyStopping.from_config(training, config.checkpoint.best_metric, yardstick),
     )
-    manager = CheckpointManager.from_config(
-        folder.checkpoints_dir,
-        config.checkpoint,
-        vocabulary_sha256=vocabulary.sha256,
-        config_sha256=digest(nameless(config)),
-        yardstick=yardstick,
-    )
-    # Where the weights come from, the first that applies: 1. the checkpoint to resume from (with checkpoint.resume=auto
-    # there may be none); 2. the weights of another run (checkpoint.init_from); 3. scratch.
-    resumed = config.checkpoint.resume != "none" and resume(config, folder, manager, state)
-    if not resumed and config.checkpoint.init_from is not None:
-        start_from(model, find_initial_weights(Path(config.checkpoint.init_from)), vocabulary.tags)
-        if state.ema is not None:
-            state.ema.reset()
     phases, feed = open_phases(config, train_loader)
-    if resumed and state.position is not None:
-        state.position = feed.loader_at(state.position, state.epoch).order.carry_over(state.position)
+    if loaded is not None:
+        state.restore(loaded)
+        logger.info("resumed from %s: step %d, epoch %d", loaded.path, state.step, state.epoch + 1)
+        if state.position is not None:
+            state.position = feed.loader_at(state.position, state.epoch).order.carry_over(state.position)
     remaining = feed.left(state.position, state.epoch)
     left = sum(remaining.updates)
     saved = cast(dict[str, Any], state.extra)
     course = plan_course(
-        Course(**saved["course"]) if resumed else None,
+        None if loaded is None else Course(**saved["course"]),
         state.step,
         state.samples_seen,
         left,
@@ -159,9 +170,8 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
     state.extra["course"] = asdict(course)
     for line in describe_phases(phases, feed, remaining) if len(phases) > 1 else ():
         logger.info("%s", line)
-    manager.before_write = folder.require_ours
     guard, meter = UpdateGuard(device), TrainingMeter()
-    if resumed:
+    if loaded is not None:
         guard.load_state_dict(saved["guard"])
         meter.load_state_dict(saved["meter"], device)
         before, now = saved.get("image_size"), phases[feed.plan.phase_at(state.epoch, state.position)].image_size
@@ -169,19 +179,21 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
             logger.warning("this place in the run was in the phase of %d px and is in that of %d px now", before, now)
         if not left:
             nothing_left(training.num_epochs, state, yardstick)
-    manager.reserve(state)
-    manager.report_room(state.stand_ins(), state.step, state.step + left)
-    save_yaml(config, folder.config_path)
-    # Before the vocabulary, whose presence says that all there is of the tags' meaning is there.
-    if train_loader.dataset.ontology is not None:
-        train_loader.dataset.ontology.save(folder.ontology_path)
-    vocabulary.save(folder.vocabulary_path)
-    criterion = build_criterion(config, vocabulary).to(device)
+    if isinstance(manager, CheckpointManager):
+        manager.before_write = folder.require_ours
+        manager.reserve(state)
+        manager.report_room(state.stand_ins(), state.step, state.step + left)
+        save_yaml(config, folder.config_path)
+        # Before the vocabulary, whose presence says that all there is of the tags' meaning is there.
+        if train_loader.dataset.ontology is not None:
+            train_loader.dataset.ontology.save(folder.ontology_path)
+        vocabulary.save(folder.vocabulary_path)
     if compile_model(model, training.compile, device):
         criterion.use_compiled()
     return Parts(
         config=config,
         folder=folder,
+        ranks=ranks,
         device=device,
         vocabulary=vocabulary,
         train_loader=train_loader,
@@ -192,7 +204,8 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         augments=tuple(create_augment(phase.augment, config.data.background) for phase in phases),
         feed=feed,
         criterion=criterion,
-        objective=TrainingObjective(model, criterion, config.loss.chunk_tags),
+        objective=parallel.objective,
+        parallel=parallel,
         learning_rate=rates.learning_rate,
         schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
         state=state,
@@ -204,13 +217,68 @@ def build(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
             config.monitor,
             folder,
             total_steps=state.step + left,
-            resume_step=state.step if resumed else None,
+            resume_step=None if loaded is None else state.step,
             settings=flat_values(config),
+            silent=not ranks.is_main,
         ),
         stop=stop,
         alerts=alerts or Alerts(None),
         total_steps=state.step + left,
     )
+
+
+def open_for_all(
+    config: FullConfig, folder: RunFolder, ranks: Ranks
+) -> tuple[TagVocabulary, DataLoader, DataLoader, SimplifiedTagger]:
+    """Data and model as `open_data_and_model` gives them: rank 0 builds what must be built, the others read that."""
+    share = (ranks.rank, ranks.world_size)
+    if ranks.alone:
+        probe_checkpoints(folder.path)
+        return open_data_and_model(config, folder.vocabulary_path, folder.quarantine_path, share)
+    with tempfile.TemporaryDirectory() as place:
+        meaning = RunFolder.beside(Path(place))
+        if ranks.is_main:
+            probe_checkpoints(folder.path)
+            opened = open_data_and_model(config, folder.vocabulary_path, folder.quarantine_path, share)
+            vocabulary, train_loader = opened[:2]
+            if train_loader.dataset.ontology is not None:
+                train_loader.dataset.ontology.save(meaning.ontology_path)
+            vocabulary.save(meaning.vocabulary_path)
+            ranks.broadcast({path.name: path.read_text(encoding="utf-8") for path in Path(place).iterdir()})
+        else:
+            for name, text in ranks.broadcast(None).items():
+                (Path(place) / name).write_text(text, encoding="utf-8")
+            opened = open_data_and_model(config, meaning.vocabulary_path, folder.quarantine_path, share)
+    return opened
+
+
+def open_checkpoints(
+    config: FullConfig, folder: RunFolder, vocabulary: TagVocabulary, yardstick: str, ranks: Ranks
+) -> CheckpointManager | CheckpointFollower:
+    """The run's checkpoints, which rank 0 writes."""
+    if not ranks.is_main:
+        return CheckpointFollower(yardstick, sharded=config.training.parallel == "fsdp")
+    return CheckpointManager.from_config(
+        folder.checkpoints_dir,
+        config.checkpoint,
+        vocabulary_sha256=vocabulary.sha256,
+        config_sha256=digest(nameless(config)),
+        yardstick=yardstick,
+    )
+
+
+def find_checkpoint(
+    config: FullConfig, folder: RunFolder, manager: CheckpointManager | CheckpointFollower, ranks: Ranks
+) -> LoadedCheckpoint | None:
+    """What the run goes on from: rank 0 chooses it, every rank reads it; None for a fresh start."""
+    if config.checkpoint.resume == "none":
+        return None
+    if not isinstance(manager, CheckpointManager):
+        chosen = ranks.broadcast(None)
+        return None if chosen is None else read_checkpoint(Path(chosen))
+    loaded = choose_checkpoint(config, folder, manager)
+    ranks.broadcast(None if loaded is None else str(loaded.path))
+    return loaded
 
 
 def resized_batch(config: FullConfig, image_size: int) -> int:
@@ -314,8 +382,8 @@ def nothing_left(num_epochs: int, state: TrainState, yardstick: str) -> None:
         state.extra["owed_validation"] = state.epoch
 
 
-def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, state: TrainState) -> bool:
-    """Put the run's state back, saying from where and what has changed since; False where there is no checkpoint."""
+def choose_checkpoint(config: FullConfig, folder: RunFolder, manager: CheckpointManager) -> LoadedCheckpoint | None:
+    """The checkpoint to go on from, saying what has changed since; None where there is none yet."""
     origin = resume_origin(folder.path, config.checkpoint.resume)
     for change in changed_settings(config_path(origin), config):
         if change.startswith("vocabulary."):
@@ -342,7 +410,4 @@ def resume(config: FullConfig, folder: RunFolder, manager: CheckpointManager, st
     loaded = manager.load("latest" if auto else config.checkpoint.resume)
     if loaded is None:
         logger.info("%s holds no checkpoint: starting fresh", folder.checkpoints_dir)
-        return False
-    state.restore(loaded)
-    logger.info("resumed from %s: step %d, epoch %d", loaded.path, state.step, state.epoch + 1)
-    return True
+    return loaded

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from close_run import tell, way_on, write_model, write_results
+from close_run import log_validation, tell, way_on, write_model, write_results
 from Configuration_System import FullConfig, check_paths, load_config
 from schedulers import apply
 from start_up import Parts, build, check
@@ -28,17 +29,18 @@ from tagger.alerts import Alerts
 from tagger.cadence import due
 from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
+from tagger.distributed import Ranks
 from tagger.endings import Ending, diagnose
-from tagger.errors import DivergedError, InputError, LostFolderError, RunFailedError
+from tagger.errors import DivergedError, InputError, LostFolderError, PeerFailedError, RunFailedError
 from tagger.files import write_json
-from tagger.logs import log_to_console
+from tagger.logs import log_as_rank, log_to_console
 from tagger.options import Parser
 from tagger.output import print_if_read
-from tagger.report.collect import create_mistakes, telling_curves
+from tagger.report.collect import create_mistakes
 from tagger.rng import mix
 from tagger.run_folder import RunFolder, resume_origin
 from tagger.stop import StoppedEarly, StopRequest
-from validation_loop import Evaluation, EvaluationStopped, Subject, evaluate_all
+from validation_loop import EvaluationStopped, Subject, evaluate_all
 
 logger = logging.getLogger(__name__)
 
@@ -46,80 +48,82 @@ RESUME_HELP = "go on with the run of the same name, which must exist; auto: or s
 
 
 def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
-    """One update: loss summed over the window's images, gradient norm, whether it was left out; device scalars."""
-    config, state, phase = parts.config, parts.state, parts.phases[window.phase]
+    """One update: loss summed over the images of all ranks, gradient norm, whether it was left out; device scalars."""
+    config, state, parallel, phase = parts.config, parts.state, parts.parallel, parts.phases[window.phase]
     parts.model.patch_dropout = phase.patch_dropout
     total = torch.zeros((), device=parts.device)
     parts.criterion.begin_epoch(window.epoch)
-    for host in window.batches:
+    # The window's own images, so that a short last window weighs each image as much as any other.
+    num_images = parallel.begin_window(config.training.seed, state.step, window.num_images, parts.device)
+    for number, host in enumerate(window.batches, 1):
         keys = mix(config.training.seed, window.epoch, host.row_ids.numpy())
         batch = host.to(parts.device, non_blocking=True)
         images = parts.augments[window.phase](batch.images, keys)
-        with state.precision.autocast():
-            loss = parts.objective(images, batch.valid_sizes, batch.tag_indices, batch.tag_offsets)
-        # Divided by the window's own images, so that a short last window weighs each image as much as any other.
-        state.precision.backward(loss / window.num_images)
+        with parallel.batch(is_last=number == len(window.batches)):
+            with state.precision.autocast():
+                loss = parts.objective(images, batch.valid_sizes, batch.tag_indices, batch.tag_offsets)
+            state.precision.backward(loss / num_images)
         total += loss.detach()
+    parallel.add_up(total)
     apply(parts.schedule, state.optimizer, state.step, phase.learning_rate_factor)
     parts.boundary.begin_update()
     clip = config.training.clip_grad_norm
     grad_norm, left_out = state.precision.step(state.optimizer, parts.parameters, clip, total)
     state.optimizer.zero_grad(set_to_none=True)
     parts.boundary.undo_buffers(left_out)
+    parallel.settle_buffers()
     if state.ema is not None:
         state.ema.update()
     return total, grad_norm, left_out
 
 
-def validate(parts: Parts, epoch: int) -> Evaluation:
+def validate(parts: Parts, epoch: int) -> dict[str, float]:
     """Score the held-out images with the averaged weights where they are kept, and log everything about it.
 
     The weights themselves are scored beside them where `validation.online_weights` asks for it, to be logged alone.
+    Each rank scores its share; the scalars that are returned are those of all images, on every rank.
     """
-    config, state, monitor = parts.config, parts.state, parts.monitor
+    config, state = parts.config, parts.state
     tags, counts, threshold = parts.vocabulary.tags, parts.vocabulary.counts, config.validation.threshold
-    wanted = config.monitor.sample_images if monitor.shows_pictures else 0
+    wanted = config.monitor.sample_images if parts.monitor.shows_pictures else 0
     mistakes = create_mistakes(wanted, counts, len(parts.validation_loader.dataset), threshold)
     collectors = () if mistakes is None else (mistakes,)
     subjects = [Subject(parts.model, parts.criterion, len(tags), threshold, collectors=collectors)]
     if state.ema is not None and config.validation.online_weights:
         subjects.append(Subject(state.ema.online_model(), parts.criterion, len(tags), threshold))
-    with state.ema.swapped() if state.ema is not None else contextlib.nullcontext():
-        evaluation, *beside = evaluate_all(
+    image_size = config.data.image_size
+    feed = parts.parallel.validation_feed(parts.validation_loader, lambda: parts.stop.requested, image_size)
+    with state.ema.swapped() if state.ema is not None else contextlib.nullcontext(), parts.parallel.forward_only():
+        done = evaluate_all(
             subjects,
-            parts.validation_loader,
+            feed,
             state.precision,
             parts.device,
             num_samples=config.monitor.sample_images,
-            stop=lambda: parts.stop.requested,
+            stop=feed.stop,
+            ranks=parts.ranks,
         )
-    scalars = dict(evaluation.scalars)
-    for online in beside:
-        scalars |= {f"val_online/{name.removeprefix('val/')}": value for name, value in online.scalars.items()}
-    monitor.log(scalars, state.step, epoch)
-    monitor.log_histogram("val/average_precision", evaluation.metrics["average_precision"], state.step)
-    monitor.log_predictions("val/samples", evaluation.samples, tags, threshold, state.step)
-    if monitor.shows_pictures:
-        monitor.log_curves("val/precision_recall", telling_curves(evaluation.computer, tags, counts), state.step)
-    if mistakes is not None:
-        monitor.log_mistakes("val/mistakes", mistakes, tags, state.step)
-    state.extra["final"] = dict(evaluation.scalars)
-    return evaluation
+    if done:
+        log_validation(parts, done, mistakes, epoch)
+    scalars = parts.ranks.broadcast(dict(done[0].scalars) if done else None)
+    state.extra["final"] = scalars
+    return cast(dict[str, float], scalars)
 
 
-def close_epoch(parts: Parts, epoch: int) -> tuple[Evaluation | None, bool]:
-    """Validate, and say whether that ends the run. Until it is done, a checkpoint says that it is still owed."""
+def close_epoch(parts: Parts, epoch: int) -> tuple[dict[str, float] | None, bool]:
+    """Validate: the scalars, and whether that ends the run. Until it is done, a checkpoint says that it is owed."""
     state = parts.state
     state.extra["owed_validation"] = epoch
     try:
-        evaluation = validate(parts, epoch)
+        scalars = validate(parts, epoch)
     except EvaluationStopped:
+        parts.stop.adopt(parts.ranks.agree(0, parts.stop.request, False).stop)
         logger.warning("the validation under way is left to the next start")
         return None, True
     del state.extra["owed_validation"]
     state.extra["validated"] = [state.step, parts.manager.yardstick]
     stopping = state.early_stopping
-    return evaluation, stopping is not None and stopping.update(evaluation.scalars[parts.config.checkpoint.best_metric])
+    return scalars, stopping is not None and stopping.update(scalars[parts.config.checkpoint.best_metric])
 
 
 def train(parts: Parts) -> None:
@@ -141,11 +145,15 @@ def train(parts: Parts) -> None:
         parts.stop.hold()
         state.step += 1
         state.epoch, state.position = window.epoch, dict(window.position)
-        state.samples_seen += window.num_images
         state.seconds = time.perf_counter() - started
         parts.boundary.mark()
-        parts.meter.add(state.step, loss, grad_norm, window.num_images, waited_s, seconds=time.perf_counter() - asked)
-        parts.guard.add(state.step, left_out, [batch.row_ids for batch in window.batches])
+        due_now = parts.manager.due(state.step, state.seconds)
+        agreed = parts.ranks.agree(window.num_images, parts.stop.request, due_now)
+        parts.stop.adopt(agreed.stop)
+        state.samples_seen += agreed.num_images
+        parts.meter.add(state.step, loss, grad_norm, agreed.num_images, waited_s, seconds=time.perf_counter() - asked)
+        if parts.ranks.is_main:  # all ranks leave out the same updates; one judges them
+            parts.guard.add(state.step, left_out, [batch.row_ids for batch in window.batches])
 
         if due(state.step, config.monitor.log_every_steps):
             phase = parts.phases[window.phase]
@@ -158,37 +166,42 @@ def train(parts: Parts) -> None:
             tell(parts, "save failed", Ending("running", reason=str(failure)))
         monitor.advance(state.step)
 
-        evaluation = None
+        validated = None
         last = state.step == parts.total_steps
         if window.ends_epoch and (due(window.epoch + 1, config.validation.every_epochs) or last):
-            evaluation, stopping = close_epoch(parts, window.epoch)
-        stopping = stopping or parts.stop.requested
+            validated, stopping = close_epoch(parts, window.epoch)
+        stopping = stopping or agreed.stop > 0
 
-        if evaluation is not None or parts.manager.due(state.step, state.seconds) or stopping or last:
-            save(parts, evaluation)
+        if validated is not None or agreed.save or stopping or last:
+            save(parts, validated)
 
 
-def save(parts: Parts, evaluation: Evaluation | None = None, *, wait: bool = False) -> None:
+def save(parts: Parts, scalars: dict[str, float] | None = None, *, wait: bool = False) -> None:
     """A checkpoint of the last step boundary, and `results.json` of the same moment."""
     state = parts.state
     parts.folder.require_ours()
     state.extra["image_size"] = parts.phases[parts.feed.plan.phase_at(state.epoch, state.position)].image_size
     state.extra["meter"], state.extra["guard"] = parts.meter.state_dict(), parts.guard.state_dict()
-    parts.manager.save(state, evaluation.scalars if evaluation else None, wait=wait)
+    parts.manager.save(state, scalars, wait=wait)
     write_results(parts, Ending("running"))
 
 
 def rescue(parts: Parts, error: Exception) -> None:
     """After a fatal error: save the last step boundary where it can be had back, and what the error knows."""
     parts.state.optimizer.zero_grad(set_to_none=True)
-    if isinstance(error, LostFolderError):
+    if isinstance(error, LostFolderError) or not parts.ranks.is_main:
         return
-    if isinstance(error, DivergedError):
+    if diagnose(error).status == "diverged":
         # Finite weights on the way to divergence must not take the place of good checkpoints.
         logger.error("nothing is saved, so that no good checkpoint gives way")
-        if error.row_ids:
+        if isinstance(error, DivergedError) and error.row_ids:
             images = [str(parts.train_loader.dataset.index.image_path(row)) for row in error.row_ids]
-            write_json(parts.folder.diverged_path, {"step": error.step, "row_ids": error.row_ids, "images": images})
+            content = {"step": error.step, "row_ids": error.row_ids, "images": images}
+            # With several ranks these are the images of the first; the others had as many of their own.
+            write_json(parts.folder.diverged_path, {**content, "num_ranks": parts.ranks.world_size})
+        return
+    if not parts.parallel.can_save_after(error):
+        logger.error("the ranks no longer work together, so that the state of this step is not to be had: not saved")
         return
     if not parts.boundary.intact:
         logger.error("the error came in the middle of an update, whose state cannot be saved")
@@ -201,7 +214,13 @@ def rescue(parts: Parts, error: Exception) -> None:
 
 
 def run(config: FullConfig) -> int:
-    """Train as configured, from opening the run's folder to its model; returns the exit code."""
+    """Train as configured, as one rank or as one of several; returns the exit code."""
+    with Ranks.join(config.training.device) as ranks:
+        return lead(config, ranks) if ranks.is_main else follow(config, ranks)
+
+
+def lead(config: FullConfig, ranks: Ranks) -> int:
+    """As the rank that owns the run's folder, from opening it to the model; returns the exit code."""
     alerts, resuming = Alerts.from_environment(), config.checkpoint.resume != "none"
     if resuming:
         resume_origin(config.run.folder, config.checkpoint.resume)
@@ -209,28 +228,56 @@ def run(config: FullConfig) -> int:
         stop.watch(folder.stop_path)
         try:
             stop.at_once()
-            return finish(start(config, folder, stop, alerts))
+            return finish(start(config, folder, stop, alerts, ranks))
         except StoppedEarly:
             left = f"{folder.path} is removed" if folder.is_new else f"{folder.path} stays as it was"
             logger.warning("%s before the first update: there is nothing to save, %s", stop.reason, left)
             folder.discard_if_new()
+            ranks.report(Ending("stopped", stop.exit_code, stop.reason))
             return stop.exit_code
 
 
-def start(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts) -> Parts:
+def start(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Alerts, ranks: Ranks) -> Parts:
     """Build the parts; a start that fails is told, and leaves no new folder behind."""
     try:
-        return build(config, folder, stop, alerts)
-    except Exception as error:
+        return build(config, folder, stop, alerts, ranks)
+    except Exception as first:
+        error = ranks.explain(first)
         if not isinstance(error, InputError):
             logger.exception("the run could not start")
         ending = diagnose(error)
+        ranks.report(ending)
         text = f"{folder.name}: could not start: {ending.reason}"
         alerts.send("could not start", text, run=folder.name, status=ending.status, exit_code=ending.exit_code)
         folder.discard_if_new()
         if isinstance(error, InputError):
             raise
         raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
+
+
+def follow(config: FullConfig, ranks: Ranks) -> int:
+    """As a rank that owns no folder: the same steps, and rank 0 tells how it was; returns the exit code."""
+    log_as_rank(ranks.rank, logging.ERROR)  # what is odd about settings and data, rank 0 says
+    with StopRequest() as stop:
+        try:
+            stop.at_once()
+            parts = build(config, RunFolder.beside(config.run.folder), stop, ranks=ranks)
+            log_as_rank(ranks.rank, logging.WARNING)
+            with parts.monitor, parts.manager:
+                train(parts)
+            return stop.exit_code if stop.requested else 0
+        except StoppedEarly:
+            ranks.report(Ending("stopped", stop.exit_code, stop.reason))
+            return stop.exit_code
+        except Exception as first:
+            error = ranks.explain(first)
+            ending = diagnose(error)
+            ranks.report(ending)
+            if isinstance(error, InputError):
+                raise
+            if not isinstance(error, PeerFailedError):  # which rank 0 tells
+                logger.exception("%s", ending.reason)
+            raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
 
 
 def finish(parts: Parts) -> int:
@@ -243,9 +290,11 @@ def finish(parts: Parts) -> int:
             try:
                 train(parts)
                 stop.hold("ending once the last checkpoint and model/ are written")
-            except Exception as error:
+            except Exception as first:
+                error = parts.ranks.explain(first)
+                parts.ranks.report(diagnose(error))
                 rescue(parts, error)
-                raise
+                raise error from first
         parts.folder.require_ours()
         write_model(parts)
         ending = Ending("stopped", stop.exit_code, stop.reason) if stop.requested else Ending("completed", 0)
@@ -283,11 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [*options.overrides, *(f"{key}={value}" for key, value in named.items() if value)]
     config = load_config(options.config, words)
     check_paths(config)
+    is_main = os.environ.get("RANK", "0") == "0"
     if options.validate_only:
-        print(check(config))
+        found = check(config)
+        if is_main:
+            print(found)
         return 0
     code = run(config)
-    if config.run.folder.is_dir():  # a start that was stopped at once leaves none
+    if is_main and config.run.folder.is_dir():  # a start that was stopped at once leaves none
         print_if_read(f"run: {config.run.folder}")
     return code
 

@@ -53,6 +53,7 @@ from tagger.optim import (
     parameter_names,
 )
 from tagger.registry import Registry
+from tagger.sharding import whole
 
 __all__ = [
     "OPTIMIZERS",
@@ -130,7 +131,7 @@ class MixedPrecisionTrainer:
         are not cleared, and their values afterwards are unspecified.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = get_total_norm(gradients).float() / self._scale
+        norm = whole(get_total_norm(gradients)).float() / self._scale
         bad = ~torch.isfinite(norm)
         if loss is not None:
             bad = bad | ~torch.isfinite(loss)

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import contextlib
 import logging
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,12 +29,12 @@ from dataset_loader import DataLoader, LoadOptions, create_dataloaders, create_p
 from evaluation_metrics import MetricComputer, MetricResult
 from loss_functions import MultiTaskLoss, TagLoss, create_loss
 from model_architecture import SimplifiedTagger, VisionTransformerConfig, create_model
-from tagger.artifact import load_artifact
 from tagger.batch import Batch
 from tagger.command import command
 from tagger.data.scan import printable
 from tagger.data.split import Part
 from tagger.devices import PrecisionMode
+from tagger.distributed import ALONE, Ranks
 from tagger.errors import InputError
 from tagger.evaluation.comparison import common_tags, compare
 from tagger.evaluation.contender import Contender
@@ -57,8 +58,8 @@ from tagger.evaluation.watch import Collector, Watch
 from tagger.files import write_json
 from tagger.logs import log_to_console
 from tagger.metrics.keys import logit_of
-from tagger.metrics.thresholds import Decisions, TagThresholds, ThresholdGoal, decide, fit_thresholds
-from tagger.module_state import check_weights, load_tensors, named_tensors
+from tagger.metrics.thresholds import Decisions, decide
+from tagger.module_state import check_weights, named_tensors
 from tagger.ontology import relate
 from tagger.output import reader_may_leave
 from tagger.report.collect import ReportCollector
@@ -117,10 +118,12 @@ def evaluate(
     num_samples: int = 0,
     collectors: Sequence[Collector] = (),
     stop: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """Score one model on every batch of `loader`; see `Subject` and `evaluate_all`."""
+    ranks: Ranks = ALONE,
+) -> Evaluation | None:
+    """Score one model on every batch of `loader`; see `Subject` and `evaluate_all`. None on ranks other than 0."""
     subject = Subject(model, criterion, num_tags, threshold, logit_thresholds, collectors)
-    return evaluate_all([subject], loader, precision, device, num_samples=num_samples, stop=stop)[0]
+    done = evaluate_all([subject], loader, precision, device, num_samples=num_samples, stop=stop, ranks=ranks)
+    return done[0] if done else None
 
 
 def evaluate_all(
@@ -131,21 +134,23 @@ def evaluate_all(
     *,
     num_samples: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> list[Evaluation]:
     """Score models on every batch of `loader`, which is read once; their training mode is put back afterwards.
 
     `val/loss` is the criterion summed over tags, averaged over images. Raises DivergedError when a logit is NaN,
-    EvaluationStopped when `stop`, asked before each batch, says so.
+    EvaluationStopped when `stop`, asked before each batch, says so. Where there are several `ranks`, each scores the
+    batches of its own loader; rank 0 has the scores of all images, bit for bit those of one rank, the others none.
     """
     passes = [_Pass(subject, num_samples) for subject in subjects]
-    were_training = [subject.model.training for subject in subjects]
+    stopped, were_training = False, [subject.model.training for subject in subjects]
     for subject in subjects:
         subject.model.eval()
     try:
         with torch.inference_mode():
             for host, _ in loader:
-                if stop():
-                    raise EvaluationStopped
+                if stopped := stop():
+                    break
                 batch = host.to(device, non_blocking=True)
                 for each in passes:
                     with precision.autocast():
@@ -154,7 +159,9 @@ def evaluate_all(
     finally:
         for subject, was_training in zip(subjects, were_training, strict=True):
             subject.model.train(was_training)
-    return [each.result() for each in passes]
+    if ranks.any_of(stopped):
+        raise EvaluationStopped
+    return [done for each in passes if (done := each.result(ranks)) is not None]
 
 
 class _Pass:
@@ -163,13 +170,13 @@ class _Pass:
     def __init__(self, subject: Subject, num_samples: int) -> None:
         self.subject = subject
         self._computer = MetricComputer(subject.num_tags, subject.threshold, logit_thresholds=subject.logit_thresholds)
-        self._total = torch.zeros((), dtype=torch.float64)
+        self._losses: list[float] = []
         self._samples = FirstSamples(num_samples)
 
     def add(self, host: Batch, batch: Batch, logits: Tensor) -> None:
         """Take in a batch on the host, the same on the device, and its logits there."""
         if self.subject.criterion is not None:
-            self._total += self.subject.criterion(logits, batch.tag_indices, batch.tag_offsets).double().cpu()
+            self._losses.append(self.subject.criterion(logits, batch.tag_indices, batch.tag_offsets).item())
         self._computer.update(logits, host.tag_indices, host.tag_offsets, host.row_ids)
         self._samples.add(host, logits)
         if self.subject.collectors:
@@ -177,8 +184,11 @@ class _Pass:
             for collector in self.subject.collectors:
                 collector.add(host, scores)
 
-    def result(self) -> Evaluation:
-        """The scores of what was taken in."""
+    def result(self, ranks: Ranks) -> Evaluation | None:
+        """The scores of what all ranks have taken in; None on ranks other than 0."""
+        losses = ranks.gather(self._computer, self._losses)
+        if losses is None:
+            return None
         subject, metrics = self.subject, self._computer.compute()
         scalars = {f"val/{name}": metrics[name] for name in ("mAP", "f1_macro", "f1_micro")}
         at_one = None
@@ -186,7 +196,8 @@ class _Pass:
             at_one = decide(self._computer, np.full(subject.num_tags, logit_of(subject.threshold)))
             scalars |= {"val/f1_macro": at_one.f1_macro, "val/f1_micro": at_one.f1_micro}
         if subject.criterion is not None:
-            scalars["val/loss"] = float(self._total) / metrics["num_images"]
+            # Rounded once, so that it does not matter which rank scored which batch.
+            scalars["val/loss"] = math.fsum(losses) / metrics["num_images"]
         return Evaluation(scalars, metrics, self._samples.joined(), self._computer, at_one)
 
 
@@ -202,12 +213,12 @@ def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:
 
 
 def open_data_and_model(
-    config: FullConfig, known_vocabulary: Path, quarantine_file: Path | None = None
+    config: FullConfig, known_vocabulary: Path, quarantine_file: Path | None = None, share: tuple[int, int] = (0, 1)
 ) -> tuple[TagVocabulary, DataLoader, DataLoader, SimplifiedTagger]:
     """(vocabulary, training loader, validation loader, model) of a run that starts, goes on or is looked at.
 
     The vocabulary is the run's own where `known_vocabulary` exists. The model is new: it starts from the tags' shares
-    of the images. `quarantine_file`: see `create_dataloaders`. Raises InputError for data that cannot be used.
+    of the images. `quarantine_file`, `share`: see `create_dataloaders`. Raises InputError for data that cannot be used.
     """
     index = open_dataset(config.data)
     ontology = open_ontology(config.vocabulary, index, known_vocabulary)
@@ -216,7 +227,7 @@ def open_data_and_model(
     else:
         vocabulary = configured_vocabulary(config.vocabulary, index, ontology)
     train, validation = create_dataloaders(
-        config, vocabulary, index, quarantine_file=quarantine_file, ontology=ontology
+        config, vocabulary, index, quarantine_file=quarantine_file, ontology=ontology, share=share
     )
     model = create_model(
         config.model,
@@ -227,48 +238,6 @@ def open_data_and_model(
         tag_priors=torch.from_numpy(tag_shares(index, vocabulary, ontology)).float(),
     )
     return vocabulary, train, validation, model
-
-
-def fit_model_thresholds(
-    config: FullConfig,
-    folder: Path,
-    model: nn.Module,
-    beside: DataLoader,
-    stop: Callable[[], bool] = lambda: False,
-) -> TagThresholds:
-    """Thresholds for the model in `folder`, from its scores of the calibration images and as `validation` asks for.
-
-    `model`, on its device, is given that model's weights; `beside` is a loader of the run's images. Raises InputError
-    without calibration images and for a model of another vocabulary, EvaluationStopped when `stop` says so.
-    """
-    artifact, vocabulary, section = load_artifact(folder), beside.dataset.vocabulary, config.validation
-    if artifact.vocabulary_sha256 != vocabulary.sha256:
-        raise InputError(f"{folder} is of another vocabulary than its run; they do not belong together")
-    calibration = create_part_loader(beside, Part.CALIB)
-    assert calibration.split is not None
-    load_tensors(named_tensors(model), artifact.weights, f"the weights in {folder}")
-    device = next(model.parameters()).device
-    try:
-        evaluation = evaluate(
-            model,
-            calibration,
-            build_criterion(config, vocabulary).to(device),
-            MixedPrecisionTrainer(config.training.mixed_precision, device),
-            device,
-            num_tags=len(vocabulary),
-            threshold=section.threshold,
-            stop=stop,
-        )
-    finally:
-        calibration.close()
-    return fit_thresholds(
-        evaluation.computer,
-        calibration.split,
-        vocabulary.counts,
-        ThresholdGoal(section.threshold_objective, section.threshold_precision, section.threshold_tags_per_image),
-        weights_sha256=artifact.weights_sha256,
-        vocabulary_sha256=artifact.vocabulary_sha256,
-    )
 
 
 def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from close_run import fit_model_thresholds
 from Configuration_System import check_paths, load_config, split_changes
 from tagger.artifact import attach_thresholds
 from tagger.artifact.store import THRESHOLDS_FILE
@@ -35,7 +36,7 @@ from tagger.output import reader_may_leave
 from tagger.run_folder import lock_path, model_dir, require_model
 from tagger.run_lock import FolderLock, LockedError
 from training_utils import resolve_device
-from validation_loop import fit_model_thresholds, open_data_and_model
+from validation_loop import open_data_and_model
 
 OBJECTIVES = ("f1", "equal", "precision", "tags_per_image")
 

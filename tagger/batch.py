@@ -31,6 +31,13 @@ class Batch:
     valid_sizes: Tensor
     mirrored: Tensor
 
+    @classmethod
+    def empty(cls, side: int) -> "Batch":
+        """No image of `side` pixels: what goes through a network leaves nothing."""
+        indices, rows = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
+        images, sizes = torch.zeros((0, 3, side, side), dtype=torch.uint8), torch.zeros((0, 2), dtype=torch.int32)
+        return cls(images, indices, torch.zeros(1, dtype=torch.int32), rows, sizes, torch.zeros(0, dtype=torch.bool))
+
     def __len__(self) -> int:
         return int(self.images.shape[0])
 

@@ -177,6 +177,9 @@ def _failed(error: Exception) -> int | None:
 
 
 def _say(line: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # one of several processes of a run
+        line = f"rank {rank}: {line}"
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a console that is closed or absent
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

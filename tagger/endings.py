@@ -5,13 +5,13 @@ Refuses nothing: an error that it does not know is a failure with exit code 1.
 
 import errno
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 from tagger.checkpoint.format import NotFiniteError
 from tagger.checkpoint.writer import CheckpointWriteError
-from tagger.errors import DivergedError, InputError, LostFolderError, StorageError
+from tagger.errors import DivergedError, InputError, LostFolderError, PeerFailedError, StorageError
 
 # "killed" is never written: it is what a reader says of a run that is said to be running and whose process is gone.
 Status = Literal["running", "completed", "stopped", "failed", "diverged", "killed"]
@@ -41,6 +41,8 @@ def diagnose(error: BaseException) -> Ending:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, DivergedError):
         return Ending("diverged", 4, text)
+    if isinstance(error, PeerFailedError):
+        return Ending(cast(Status, error.status), 1 if error.exit_code is None else error.exit_code, text)
     if isinstance(error, InputError):
         return Ending("failed", error.exit_code, text)
     if is_out_of_memory(error):

@@ -62,6 +62,15 @@ class DivergedError(RuntimeError):
         self.row_ids = row_ids
 
 
+class PeerFailedError(RuntimeError):
+    """Another process of this run has ended; `status` and `exit_code` are those that it ended with, where known."""
+
+    def __init__(self, message: str, status: str = "failed", exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.exit_code = exit_code
+
+
 class SinkError(Exception):
     """A sink could not take a value; the run goes on without it."""
 

@@ -47,8 +47,10 @@ class ConsoleLogHandler(logging.Handler):
     traceback of a record stays out: it is in the log file.
     """
 
+    speaker = ""
+
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        prefix = self.speaker + ("" if record.levelno == logging.INFO else f"{record.levelname}: ")
         try:
             line = prefix + record.getMessage()
         except (TypeError, ValueError, KeyError):
@@ -64,6 +66,14 @@ def log_to_console(level: int = logging.INFO) -> None:
     root.setLevel(min(root.level, level))
     if not any(isinstance(handler, ConsoleLogHandler) for handler in root.handlers):
         root.addHandler(ConsoleLogHandler(level))
+
+
+def log_as_rank(rank: int, level: int) -> None:
+    """From now on the console shows what this process logs from a level on, and that it is not rank 0 that says it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, ConsoleLogHandler):
+            handler.speaker = f"rank {rank}: "
+            handler.setLevel(level)
 
 
 def _to_stderr(line: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tagger.errors import InputError
+from tagger.sharding import fill
 
 _COMPILED = "_orig_mod."
 _SHOWN = 3
@@ -49,7 +50,7 @@ def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], wha
     """Copy saved tensors into current ones, in place, after checking that names, shapes and types are the same."""
     check_tensors(current, saved, what)
     for name, tensor in current.items():
-        tensor.copy_(saved[name])
+        fill(tensor, saved[name])
 
 
 def _form(tensor: Tensor) -> str:

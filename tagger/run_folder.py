@@ -104,10 +104,14 @@ class RunFolder:
     Everything logged by this process goes to `train.log` meanwhile, tracebacks included.
     """
 
-    def __init__(self, path: Path, lock: FolderLock, is_new: bool) -> None:
+    def __init__(self, path: Path, lock: FolderLock | None, is_new: bool) -> None:
+        """lock: None for a process that only reads here."""
         self.path = path
         self.is_new = is_new
         self._lock = lock
+        self._log_handler: RunLogHandler | None = None
+        if lock is None:
+            return
         self._log_handler = RunLogHandler(self.log_path)
         root = logging.getLogger()
         root.setLevel(min(root.level, logging.INFO))
@@ -142,6 +146,11 @@ class RunFolder:
                 f"(if that process is surely gone, delete {lock_path(path)})"
             ) from error
         return cls(path, lock, is_new)
+
+    @classmethod
+    def beside(cls, path: Path) -> "RunFolder":
+        """The folder that another process of this run has open: to read there, and to name what it writes."""
+        return cls(path, None, is_new=False)
 
     @property
     def name(self) -> str:
@@ -210,7 +219,7 @@ class RunFolder:
 
     def require_ours(self) -> None:
         """Raise LostFolderError where the folder was deleted or replaced: nothing may be written into another run."""
-        loss = self._lock.loss()
+        loss = None if self._lock is None else self._lock.loss()
         if loss is not None:
             raise LostFolderError(
                 f"the run's folder was deleted, replaced or taken over while it trained ({loss}); "
@@ -219,13 +228,15 @@ class RunFolder:
 
     def close(self) -> None:
         """Close `train.log` and let go of the lock; a second call does nothing."""
-        logging.getLogger().removeHandler(self._log_handler)
-        self._log_handler.close()
-        self._lock.release()
+        if self._log_handler is not None:
+            logging.getLogger().removeHandler(self._log_handler)
+            self._log_handler.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def discard_if_new(self) -> None:
         """Close, and remove a folder that this process made: a start that was refused leaves nothing behind."""
-        ours = self._lock.loss() is None
+        ours = self._lock is not None and self._lock.loss() is None
         self.close()
         if self.is_new and ours:
             shutil.rmtree(self.path)

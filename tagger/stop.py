@@ -21,6 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM) + (() if sys.platform == "win32" else 
 SAME_REQUEST_S = 0.5
 # A look at a file costs microseconds on a local disk and milliseconds on a slow network.
 _LOOK_EVERY_S = 1.0
+FILE_REQUEST = 1
 
 
 class StoppedEarly(KeyboardInterrupt):
@@ -44,6 +45,7 @@ class StopRequest:
         self._made_at = time.time()
         self._at_once = False
         self._what_follows = "stopping after this step with a checkpoint"
+        self._told = 0
         self._file: Path | None = None
         self._file_seen = False
         self._looked_at = 0.0
@@ -70,7 +72,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """True from the first signal on, or from when the file was seen (it is looked for once a second)."""
-        if self.signal_number is not None or self._file_seen:
+        if self.signal_number is not None or self._file_seen or self._told:
             return True
         now = time.monotonic()
         if self._file is not None and now - self._looked_at >= _LOOK_EVERY_S:
@@ -83,12 +85,26 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as shells report it: 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM. 0 for a STOP file."""
-        return 0 if self.signal_number is None else 128 + self.signal_number
+        if self.signal_number is None:
+            return self._told if self._told > FILE_REQUEST else 0
+        return 128 + self.signal_number
+
+    @property
+    def request(self) -> int:
+        """What other ranks are told: 0 for no request, FILE_REQUEST for a STOP file, else the exit code of a signal."""
+        return (self.exit_code or FILE_REQUEST) if self.requested else 0
+
+    def adopt(self, request: int) -> None:
+        """Take over a `request` of another rank. A signal that comes here as well is still this process's first."""
+        if request and not self.requested:
+            self._told = request
+            logger.info("another rank was asked to stop: %s", self._what_follows)
 
     @property
     def reason(self) -> str:
         """What asked, for people."""
-        return f"{self._file} was there" if self.signal_number is None else signal.Signals(self.signal_number).name
+        number = self.exit_code - 128
+        return signal.Signals(number).name if number > 0 else f"{self._file or 'a STOP file'} was there"
 
     def honour(self) -> None:
         """The run has stopped: the file has done its work and goes."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tagger.checkpoint.format import CheckpointError, Json, Tensors
 from tagger.checkpoint.room import tensor_bytes
+from tagger.sharding import whole
 
 # What makes two buffers interchangeable: shape, type, and whether the memory is pinned.
 _Form: TypeAlias = tuple[torch.Size, torch.dtype, bool]
@@ -64,7 +65,8 @@ class SnapshotPool:
             copies[part] = {}
             for name, tensor in tensors.items():
                 buffer = self._take(tensor)
-                buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+                # Gathered one at a time, so that a device never holds all of a sharded state.
+                buffer.copy_(whole(tensor.detach()), non_blocking=tensor.is_cuda)
                 copies[part][name] = buffer
                 if tensor.is_cuda:
                     devices.add(tensor.device)

@@ -46,9 +46,11 @@ class Job(Protocol[T_co]):
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Cores for this process: those that it may use, shared with the other ranks of a run on this machine."""
     affinity = vars(os).get("sched_getaffinity")
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")  # as torchrun sets it
+    return max(1, cores // max(1, int(sharing))) if sharing.isdecimal() else cores
 
 
 def default_num_threads(num_processes: int = 0) -> int:

@@ -61,8 +61,9 @@ class Quarantine:
     another one do not count. Raises FormatError for a log that cannot be read, with what to do.
     """
 
-    def __init__(self, path: Path | None, decoder: str) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, decoder: str, *, writes: bool = True) -> None:
+        """writes: whether what is found goes into the file, which has one writer; else it is kept in memory."""
+        self.path = path if writes else None
         self._decoder = decoder
         self._entries: dict[str, _Entry] = {}
         self._whole_bytes = 0  # length of what is there and whole

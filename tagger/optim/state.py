@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tagger.errors import InputError
 from tagger.module_state import clean_name
+from tagger.sharding import like
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def load_optimizer(
         owner, _, key = name.rpartition("/")
         if owner not in by_name or (tensor.ndim > 0 and tensor.shape != forms.get(name, by_name[owner]).shape):
             raise InputError(f"the checkpoint's optimizer state {name} {list(tensor.shape)} fits no parameter here")
-        state.setdefault(owner, {})[key] = tensor
+        alike = tensor.shape == by_name[owner].shape
+        state.setdefault(owner, {})[key] = like(tensor, by_name[owner]) if alike else tensor
     packed = optimizer.state_dict()
     packed["state"] = {index: state[name] for index, name in enumerate(by_name) if name in state}
     optimizer.load_state_dict(packed)

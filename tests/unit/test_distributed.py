@@ -1,0 +1,194 @@
+"""One process is a group of one that waits for nobody; an environment that names a group must name it whole."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from evaluation_metrics import MetricComputer
+from tagger.batch import Batch
+from tagger.data.prefetch import num_cores
+from tagger.distributed import ALONE, Agreed, Ranks
+from tagger.endings import Ending, diagnose
+from tagger.errors import InputError, PeerFailedError
+from tagger.parallel import Parallel, ValidationFeed, require_shardable
+from tagger.sharding import is_sharded, like, whole
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("world_size", [None, "1"])
+def test_one_process_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch, world_size: str | None) -> None:
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    with Ranks.join("cpu") as ranks:
+        assert ranks.alone and ranks.is_main
+    assert not torch.distributed.is_initialized()
+
+
+def test_half_an_environment_is_refused_with_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(InputError, match=r"without RANK, LOCAL_RANK, MASTER_PORT; .*torchrun --nproc-per-node 2"):
+        Ranks.join("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(InputError, match="WORLD_SIZE=many"):
+        Ranks.join("cpu")
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="LOCAL_RANK=2, but this machine shows 2 CUDA devices"):
+        Ranks.join("cuda")
+
+
+def test_alone_everything_is_what_it_was() -> None:
+    assert ALONE.agree(5, 143, True) == Agreed(5, 143, True)
+    assert ALONE.broadcast({"a": 1}) == {"a": 1}
+    assert ALONE.collect(3) == [3]
+    assert ALONE.gather(MetricComputer(2), [1.0, 2.0]) == [1.0, 2.0]
+    ALONE.require_same({"configuration": "x"})
+    error = RuntimeError("[gloo] Connection closed by peer")
+    assert ALONE.explain(error) is error
+    state = torch.get_rng_state()
+    ALONE.reseed(1, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Told:
+    """A key-value store in memory."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.values[key].encode()
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def compare_set(self, key: str, expected: str, desired: str) -> None:
+        if self.values.get(key, "") == expected:
+            self.values[key] = desired
+
+
+def test_the_first_rank_to_fail_is_the_reason_of_all() -> None:
+    store = Told()
+    ranks = [Ranks(rank, 3, store) for rank in range(3)]
+    ranks[2].report(Ending("failed", 5, "out of memory"))
+    ranks[1].report(Ending("failed", 1, "lost"))
+    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7")
+    found = ranks[0].explain(lost)
+    assert isinstance(found, PeerFailedError)
+    assert diagnose(found) == Ending("failed", 5, "rank 2: out of memory")
+    assert ranks[2].explain(lost).args == ("another rank ended without a word (killed, or its machine is gone)",)
+    own = RuntimeError("shape mismatch")
+    assert ranks[0].explain(own) is own
+    with pytest.raises(PeerFailedError, match="rank 2: out of memory"):
+        ranks[1].broadcast(None)
+
+
+def test_what_rank_0_says_reaches_every_rank_in_order() -> None:
+    store = Told()
+    main, other = Ranks(0, 2, store), Ranks(1, 2, store)
+    main.broadcast({"mAP": float("nan"), "loss": 0.1})
+    main.broadcast([1, 2])
+    said = other.broadcast(None)
+    assert said["loss"] == 0.1 and said["mAP"] != said["mAP"]
+    assert other.broadcast(None) == [1, 2]
+    other.collect("theirs")
+    assert main.collect("own") == ["own", "theirs"]
+
+
+def test_ranks_that_see_something_else_are_refused() -> None:
+    store = Told()
+    main, other = Ranks(0, 2, store), Ranks(1, 2, store)
+    other.collect({"configuration": "a", "vocabulary": "b"})
+    with pytest.raises(InputError, match="rank 1 has another vocabulary than rank 0"):
+        main.require_same({"configuration": "a", "vocabulary": "c"})
+
+
+def test_random_numbers_of_a_rank_are_a_function_of_seed_rank_and_step() -> None:
+    def drawn(rank: int, seed: int, step: int) -> float:
+        Ranks(rank, 4, None).reseed(seed, step)
+        return torch.rand(()).item()
+
+    assert drawn(1, 3, 5) == drawn(1, 3, 5)
+    assert len({drawn(1, 3, 5), drawn(2, 3, 5), drawn(1, 4, 5), drawn(1, 3, 6)}) == 4
+
+
+def test_optimizers_of_whole_matrices_are_refused_where_weights_are_sharded() -> None:
+    two = Ranks(0, 2, None)
+    with pytest.raises(InputError, match=r"optimizer.name=muon needs whole matrices.*training.parallel=ddp"):
+        require_shardable("fsdp", two, "muon")
+    require_shardable("fsdp", two, "adamw")
+    require_shardable("ddp", two, "muon")
+    require_shardable("fsdp", ALONE, "muon")
+
+
+def test_one_process_is_wrapped_in_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for mode in ("ddp", "fsdp"):
+        parallel = Parallel(model, model, ALONE, mode)
+        assert parallel.objective is model and not parallel.sharded
+        assert parallel.begin_window(1, 2, 7, torch.device("cpu")) == 7
+        assert parallel.can_save_after(RuntimeError("lost"))
+        parallel.settle_buffers()
+    assert not is_sharded(model[0].weight)
+    assert whole(model[0].weight) is model[0].weight and like(model[1].weight, model[0].weight) is model[1].weight
+
+
+class Scripted(Ranks):
+    """A rank whose exchanges are answered from a list: how many ranks have a batch, whether one is to stop."""
+
+    def __init__(self, answers: list[tuple[int, int]]) -> None:
+        super().__init__(1, 2, None)
+        self.answers = answers
+
+    def agree(self, num_images: int, stop: int, save: bool) -> Agreed:
+        with_batch, asked = self.answers.pop(0)
+        assert num_images <= with_batch and stop <= asked
+        return Agreed(with_batch, asked, save)
+
+
+def test_a_rank_that_has_run_out_of_images_goes_on_with_empty_batches() -> None:
+    one = (Batch.empty(8), {"samples": 1})
+    feed = ValidationFeed([one], lambda: False, 8, Scripted([(2, 0), (1, 0), (0, 0)]))
+    batches = list(feed)
+    assert len(batches) == 2 and batches[0] is one
+    assert len(batches[1][0]) == 0 and batches[1][0].images.shape == (0, 3, 8, 8)
+    assert not feed.stop()
+
+
+def test_ranks_of_a_sharded_model_stop_before_the_same_batch() -> None:
+    feed = ValidationFeed([(Batch.empty(8), None)] * 3, lambda: False, 8, Scripted([(2, 0), (2, 1)]))
+    seen = 0
+    for _ in feed:
+        if feed.stop():
+            break
+        seen += 1
+    assert seen == 1
+    assert ValidationFeed([], lambda: True, 8, ALONE).stop()
+
+
+def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert num_cores() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert num_cores() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert num_cores() == 4
