@@ -47,6 +47,16 @@ def _rise(distance: Tensor) -> Tensor:
     return distance.neg_().expm1_().neg_()
 
 
+def _sigmoids(z: Tensor) -> tuple[Tensor, Tensor]:
+    """``sigmoid(z)`` and ``sigmoid(-z)``, each right to its own last digits."""
+    if torch.compiler.is_compiling():
+        # One exponential for both; in eager PyTorch two fast kernels are less work than these six.
+        small = torch.exp(-z.abs())
+        share, above = 1 / (1 + small), z > 0
+        return torch.where(above, 1, small) * share, torch.where(above, small, 1) * share
+    return torch.sigmoid(z), torch.sigmoid(-z)
+
+
 @dataclass(frozen=True)
 class FocalCost:
     """``weight * q^gamma * -log(1-q)`` with ``q = max(sigmoid(z + shift) - margin, 0)``; margin 0 or 1e-30..1."""
@@ -84,7 +94,7 @@ class FocalCost:
         zero_cost_logit = math.log(self.margin) - math.log1p(-self.margin)
         # The part of z0 that float32 cannot hold is taken off separately, so that z - z0 is right to the last digit.
         high = float(np.float32(zero_cost_logit))
-        p, not_p = torch.sigmoid(z), torch.sigmoid(-z)
+        p, not_p = _sigmoids(z)
         q = _rise((z - high).sub_(zero_cost_logit - high).clamp_(min=0)).mul_(p).mul_(1 - self.margin)
         inverse = (not_p + self.margin).reciprocal_()
         log_term = (q * inverse).log1p_()
@@ -106,7 +116,7 @@ class HillCost:
     height: float
 
     def __call__(self, z: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-        p, not_p = torch.sigmoid(z), torch.sigmoid(-z)
+        p, not_p = _sigmoids(z)
         square = p * p
         cost = (not_p + (self.height - 1)) * square
         return cost, (not_p * square * (3 * not_p + (2 * self.height - 3)) if with_slope else None)

@@ -49,20 +49,23 @@ def price_rows(
     Every tag is absent, or present to the share that `dense` [B, C] says.
     """
     x = logits.to(compute_dtype(logits))
-    if skipped is not None and dense is None:
-        x = torch.where(skipped, -math.inf, x)  # which costs nothing: one pass, where blanking both results takes two
+    # Uncompiled, logits that cost nothing take one pass, where blanking costs and slopes takes two; in a compiled loop
+    # that is the faster way.
+    blank_logits = dense is None and not torch.compiler.is_compiling()
+    if skipped is not None and blank_logits:
+        x = torch.where(skipped, -math.inf, x)
     cost, slope = rule.of_absent(x, limit, with_slope)
     if dense is not None:
         y = dense.to(x.dtype)
         present_cost, present_slope = rule.of_present(x, with_slope)
         cost = cost * (1 - y) + present_cost * y
         slope = None if slope is None or present_slope is None else slope * (1 - y) + present_slope * y
-        if skipped is not None:
-            cost = torch.where(skipped, 0, cost)
-            slope = None if slope is None else torch.where(skipped, 0, slope)
     if tag_weights is not None:
         weights = tag_weights.to(x.dtype)
         cost, slope = cost.mul_(weights), None if slope is None else slope.mul_(weights)
+    if skipped is not None and not blank_logits:
+        cost = torch.where(skipped, 0, cost)
+        slope = None if slope is None else torch.where(skipped, 0, slope)
     # Inductor joins both results in one loop where it can sum as it goes: all at once in C++, row by row in Triton.
     total = cost.sum() if x.device.type == "cpu" else cost.sum(dim=1).sum()
     return total, None if slope is None else slope.to(slope_dtype(logits))
