@@ -228,7 +228,7 @@ class CourseSchedule:
 
 
 def scale_learning_rates(section: OptimizerSection, images_an_update: int) -> OptimizerSection:
-    """The section with its learning rates, tuned at updates of ``base_batch_size`` images, for as many as now.
+    """The section with its learning rates, tuned with updates of ``base_batch_size`` images, for those of this run.
 
     They grow with the square root, as suits Adam's kind of step (Malladi et al. 2022; betas and eps, which the paper
     moves too, stay). Without a ``base_batch_size`` the section is returned as it is.

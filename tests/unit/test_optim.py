@@ -17,6 +17,7 @@ from tagger.optim import (
     optimizer_settings,
     optimizer_tensors,
     parameter_names,
+    skipping,
 )
 from tagger.optim.muon import lr_factor, orthogonalize
 
@@ -114,6 +115,36 @@ def test_lr_factor_matches_torchs() -> None:
     for adjustment in (None, "original", "match_rms_adamw"):
         for rows, columns in ((8, 8), (24, 8), (8, 24)):
             assert lr_factor(adjustment, rows, columns) == _adjust_lr(1.0, adjustment, torch.Size((rows, columns)))
+
+
+@pytest.mark.parametrize("proportions", [(1, 1), (3, 1), (4, 1), (1, 4)])
+def test_a_step_of_muon_changes_a_layer_as_much_at_any_width(proportions: tuple[int, int]) -> None:
+    """What makes its learning rate one for all widths: of outputs whose inputs are of size 1."""
+    changes = []
+    for width in (32, 64, 128, 256):
+        generator = torch.Generator().manual_seed(width)
+        rows, columns = (proportion * width for proportion in proportions)
+        matrix = nn.Parameter(torch.zeros(rows, columns))
+        matrix.grad = torch.randn(rows, columns, generator=generator)
+        Muon([matrix], lr=0.02, weight_decay=0.0, adjust_lr_fn="original").step()
+        inputs = torch.randn(64, columns, generator=generator)
+        changes.append(float((inputs @ matrix.detach().T).square().mean().sqrt()) / 0.02)
+    assert min(changes) > 0.7 and max(changes) < 1.1 and max(changes) < 1.3 * min(changes), changes
+
+
+@pytest.mark.parametrize("elements", [64, 1])
+def test_stacks_of_a_few_at_a_time_move_as_one(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = Net(), Net()
+    one, few = both(whole), both(parts)
+    for step in range(3):
+        gradients(whole, step)
+        gradients(parts, step)
+        one.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(skipping, "STACK_ELEMENTS", elements)
+            few.step()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-2, atol=1e-4)  # the order of sums, in bfloat16
 
 
 def test_adamw_equals_torchs() -> None:
