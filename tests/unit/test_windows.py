@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagger.batch import Batch
@@ -163,6 +163,7 @@ def facts(window: Window) -> tuple[object, ...]:
     return window.phase, window.epoch, window.ends_epoch, window.position, places(window)
 
 
+@settings(max_examples=40)
 @given(feeds(), st.data())
 def test_phases_follow_each_other_and_a_resume_anywhere_goes_on_the_same(feed: Feed, data: st.DataObject) -> None:
     windows = windows_of(feed)
@@ -177,6 +178,7 @@ def test_phases_follow_each_other_and_a_resume_anywhere_goes_on_the_same(feed: F
     assert [facts(w) for w in windows_of(feed, position, epoch)] == [facts(w) for w in windows[stop:]]
 
 
+@settings(max_examples=40)
 @given(feeds())
 def test_images_of_an_epoch_come_once_and_each_phase_has_its_share(feed: Feed) -> None:
     windows = windows_of(feed)
