@@ -5,13 +5,13 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=96
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@600
-#SBATCH --requeue
+#SBATCH --signal=B:TERM@600
 #SBATCH --open-mode=append
 # One run on several machines under Slurm: one torchrun on each, one rank on each of its GPUs.
 #   sbatch scripts/slurm_train.sh configs/mine.yaml [section.key=value ...]
-# Ten minutes before the time is over Slurm sends SIGTERM: the run saves a checkpoint and ends. Submitted again, or
-# requeued, it goes on from there, with any number of machines. Data, index and runs lie on storage that all see.
+# The run is runs/<recipe>. Ten minutes before the time is over it is asked to stop by a STOP file (a signal would leave
+# it the 30 s that torchrun gives), saves a checkpoint and ends. Submit it again, with any number of machines, and it goes
+# on from there. Images, index and runs must lie on storage that all machines see.
 set -euo pipefail
 if [ $# -lt 1 ]; then
     echo "usage: sbatch scripts/slurm_train.sh RECIPE [section.key=value ...]" >&2
@@ -19,13 +19,24 @@ if [ $# -lt 1 ]; then
 fi
 recipe="$1"
 shift
+name="$(basename "$recipe" .yaml)"
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 # A port of the job's own, so that two jobs may share a machine.
 port=$((20000 + SLURM_JOB_ID % 20000))
-exec srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
+stopping=false
+trap 'stopping=true; touch "runs/$name/STOP"' TERM
+srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \
     --max-restarts=0 \
-    train_direct.py --config "$recipe" --resume auto "$@"
+    train_direct.py --config "$recipe" --resume auto "$@" run.output_dir=runs run.name="$name" &
+training=$!
+code=0
+wait "$training" || code=$?
+if "$stopping"; then # the signal ended the first wait
+    code=0
+    wait "$training" || code=$?
+fi
+exit "$code"

@@ -129,13 +129,11 @@ class Parallel:
         if not self.sharded:
             yield
             return
-        model = cast(Any, self._model)
-        model.set_reshard_after_forward(True, recurse=False)
+        letting_go = self._model.register_forward_hook(lambda model, _, __: cast(Any, model).reshard())
         try:
             yield
         finally:
-            model.set_reshard_after_forward(False, recurse=False)
-            model.reshard()
+            letting_go.remove()
 
     def validation_feed(
         self, loader: Iterable[tuple[Batch, Any]], stop: Callable[[], bool], image_size: int

@@ -37,7 +37,8 @@ class PhasePlan:
 
     def phase_at(self, epoch: int, position: Mapping[str, int] | None) -> int:
         """The phase of the update after a position in an epoch; None: after nothing of it."""
-        done = 0 if position is None else position.get("whole", position["samples"])
+        # What is no position at all is the loader's to refuse.
+        done = 0 if position is None else position.get("whole", position.get("samples", 0))
         return bisect_right(self.starts, epoch * self.images_an_epoch + done) - 1
 
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo"),
 ]
-# 45 images in windows of 16, 16 and 8 an epoch: the last one is short. The rest of the images is left out.
+# An epoch of 39 images is a window of 24 and a short one of 8; the rest is left out.
 SETTINGS = (
     "data.image_size=32",
     "data.val_fraction=0.2",
@@ -36,12 +36,16 @@ SETTINGS = (
     "augment.rotation={probability: 0.5, strength: 10}",
     "training.device=cpu",
     "training.num_epochs=2",
-    "training.accumulation_steps=2",
+    "training.accumulation_steps=3",
     "training.early_stopping_patience=null",
     "validation.batch_size=3",
+    "validation.online_weights=true",
     "monitor.log_every_steps=1",
     "monitor.tensorboard=false",
 )
+PHASES = "training.phases=[{image_size: 16, share: 0.4}, {image_size: 32}]"
+# Everything that draws random numbers or keeps statistics of its own.
+NOISY = ("model.stem=conv", "model.dropout=0.2", "model.drop_path=0.2", "optimizer.name=muon", "training.num_epochs=1")
 
 
 def words(images: Path, runs: Path, name: str, batch_size: int, *more: str) -> list[str]:
@@ -85,7 +89,7 @@ def newest(run: Path) -> Path:
 
 def scores(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if k.startswith(("val/", "train/loss", "step"))} for line in lines]
+    return [{k: v for k, v in line.items() if k.startswith(("val", "train/loss", "step"))} for line in lines]
 
 
 def assert_same_training(found: Path, expected: Path) -> None:
@@ -106,16 +110,21 @@ def assert_same_training(found: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank, the same of two in both ways, and one that changes the number of ranks on its way."""
+    """Runs of one rank and the same of two; with random numbers, straight and stopped; one that has just begun."""
     runs = tmp_path_factory.mktemp("runs")
     jobs = [
         {"words": words(images, runs, "ddp", 4)},
         {"words": words(images, runs, "fsdp", 4, "training.parallel=fsdp")},
+        {"words": words(images, runs, "phases", 4, PHASES)},
+        {"words": words(images, runs, "straight", 4, *NOISY)},
+        {"words": words(images, runs, "stopped", 4, *NOISY), "event": "sigterm", "of_rank": 0, "at_step": 1},
+        {"words": words(images, runs, "stopped", 4, *NOISY, "--resume", "latest")},
         {"words": words(images, runs, "mixed", 4), "event": "sigterm", "of_rank": 1, "at_step": 1},
     ]
     assert train_direct.main(words(images, runs, "one", 8)) == 0
+    assert train_direct.main(words(images, runs, "one-phases", 8, PHASES)) == 0
     codes, said = run_pair(runs / "first", jobs)
-    assert codes == [[0, 0, 143]] * 2, said
+    assert codes == [[0, 0, 0, 0, 143, 0, 143]] * 2, said
     return runs
 
 
@@ -130,6 +139,19 @@ def test_two_ranks_train_as_one_does(runs: Path, name: str) -> None:
     model, expected = (load_file(runs / each / "model" / "model.safetensors") for each in (name, "one"))
     assert model.keys() == expected.keys()
     assert all(model[key].shape == tensor.shape for key, tensor in expected.items())
+
+
+def test_phases_are_those_of_one_rank(runs: Path) -> None:
+    assert_same_training(runs / "phases", runs / "one-phases")
+
+
+def test_a_resume_with_the_same_ranks_is_exact(runs: Path) -> None:
+    straight, stopped = (read_checkpoint(newest(runs / name)) for name in ("straight", "stopped"))
+    assert straight.step == stopped.step > 1
+    assert any("running_mean" in name for name in straight.tensors["model"])
+    for part, tensors in straight.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(stopped.tensors[part][name], tensor), f"{part} {name}"
 
 
 def test_a_run_goes_on_with_any_number_of_ranks(runs: Path, images: Path) -> None:
