@@ -169,6 +169,7 @@ class AugmentSection:
     saturation: AugmentOperation | None = None
     blur: AugmentOperation | None = None
     erasing: AugmentOperation | None = None
+    mixup: AugmentOperation | None = None
 
     def __post_init__(self) -> None:
         for name, operation in vars(self).items():

@@ -50,7 +50,7 @@ RESUME_HELP = "go on with the run of the same name, which must exist; auto: or s
 def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     """One update: loss summed over the images of all ranks, gradient norm, whether it was left out; device scalars."""
     config, state, parallel, phase = parts.config, parts.state, parts.parallel, parts.phases[window.phase]
-    parts.model.patch_dropout = phase.patch_dropout
+    augment, parts.model.patch_dropout = parts.augments[window.phase], phase.patch_dropout
     total = torch.zeros((), device=parts.device)
     parts.criterion.begin_epoch(window.epoch)
     # The window's own images, so that a short last window weighs each image as much as any other.
@@ -58,10 +58,12 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     for number, host in enumerate(window.batches, 1):
         keys = mix(config.training.seed, window.epoch, host.row_ids.numpy())
         batch = host.to(parts.device, non_blocking=True)
-        images = parts.augments[window.phase](batch.images, keys)
+        images = augment(batch.images, keys)
         with parallel.batch(is_last=number == len(window.batches)):
             with state.precision.autocast():
-                loss = parts.objective(images, batch.valid_sizes, batch.tag_indices, batch.tag_offsets)
+                loss = parts.objective(
+                    images, batch.valid_sizes, batch.tag_indices, batch.tag_offsets, augment.own_share(keys)
+                )
             state.precision.backward(loss / num_images)
         total += loss.detach()
     parallel.add_up(total)

@@ -26,26 +26,44 @@ class TrainingObjective(nn.Module):
             raise ValueError(f"chunk_tags={chunk_tags} needs a model with forward_features and head; use None")
         self.model, self.criterion, self.chunk_tags = model, criterion, chunk_tags
 
-    def forward(self, images: Tensor, valid_sizes: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, valid_sizes: Tensor, tag_indices: Tensor, tag_offsets: Tensor, own_share: float = 1.0
+    ) -> Tensor:
         """Loss of uint8 images [B, 3, H, W] whose content has `valid_sizes` [B, 2], with their flat tag lists.
 
+        With an `own_share` below 1 each image is blended with the one before it (the first with the last), and the
+        tags of both count in the same shares (mixup, Zhang et al. 2018).
         A float32 scalar, summed over images; called under the autocast of the run, which ends before the loss.
         """
-        if self.chunk_tags is not None:
-            return self._in_chunks(images, valid_sizes, tag_indices, tag_offsets)
-        logits: Tensor = self.model(images, valid_sizes)
+        if own_share < 1.0:
+            images = _blend(images, own_share)
+            valid_sizes = torch.maximum(valid_sizes, valid_sizes.roll(1, 0))
+        loss = self._loss_of_features if self.chunk_tags is not None else self._loss_of_logits
+        network = cast(Any, self.model).forward_features if self.chunk_tags is not None else self.model
+        outputs: Tensor = network(images, valid_sizes)
+        total = loss(outputs, tag_indices, tag_offsets)
+        if own_share < 1.0:
+            # A cost is linear in its target, so the blend of the targets is that of the costs. Turned back by one, row
+            # i of the outputs is of the blend that holds image i as the other.
+            total = own_share * total + (1.0 - own_share) * loss(outputs.roll(-1, 0), tag_indices, tag_offsets)
+        return total
+
+    def _loss_of_logits(self, logits: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             loss: Tensor = self.criterion(logits, tag_indices, tag_offsets)
         return loss
 
-    def _in_chunks(self, images: Tensor, valid_sizes: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
-        device = images.device.type
-        model, criterion = cast(Any, self.model), cast(Any, self.criterion)
-        features = model.forward_features(images, valid_sizes)
-        weight, bias = model.head.weight, model.head.bias
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    def _loss_of_features(self, features: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
+        device, head = features.device.type, cast(Any, self.model).head
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
         with torch.autocast(device, enabled=False):
-            loss: Tensor = criterion.through_head(
-                features, weight, bias, tag_indices, tag_offsets, chunk_tags=self.chunk_tags, dtype=dtype
+            loss: Tensor = cast(Any, self.criterion).through_head(
+                features, head.weight, head.bias, tag_indices, tag_offsets, chunk_tags=self.chunk_tags, dtype=dtype
             )
         return loss
+
+
+def _blend(images: Tensor, own_share: float) -> Tensor:
+    """uint8 images, each with the one before it laid over it to the share that it does not keep."""
+    own = images.to(torch.float32)
+    return own.lerp(own.roll(1, 0), 1.0 - own_share).round_().to(torch.uint8)

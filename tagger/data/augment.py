@@ -1,8 +1,9 @@
 """Random changes to a batch of uint8 images on its device: geometry, colour, blur and erasing.
 
 Every draw is a function of an image's key alone (which the caller makes from seed, epoch and row), so an image comes
-out the same in any batch, process and order, and on CPU and CUDA up to rounding. Mirroring changes tags too and is not
-here. Refuses images that are not uint8 and strengths beyond what an operation can mean.
+out the same in any batch, process and order, and on CPU and CUDA up to rounding. What changes tags too is done
+elsewhere: mirroring in the loader, mixup in the training objective, for which the shares of a batch are drawn here.
+Refuses images that are not uint8 and strengths beyond what an operation can mean.
 """
 
 import math
@@ -33,6 +34,8 @@ _LIMITS = {
     "erasing": (1.0, "share of the area"),
 }
 _OPERATIONS = tuple(_LIMITS)
+_MIXUP_LIMIT = 100.0  # of a in Beta(a, a); from there on every image is half of another
+_MIXUP_STREAM = rng.stable_id("mixup")
 _OPERATION_IDS = np.array([rng.stable_id(name) for name in _OPERATIONS], dtype=np.uint64)
 _DRAWS = 5  # numbers drawn for each operation
 _LUMA = (0.299, 0.587, 0.114)
@@ -99,6 +102,7 @@ class BatchAugment:
     brightness, contrast, saturation    factor uniform in 1 ± strength (contrast about the image's mean luma)
     blur        Gaussian, standard deviation uniform in 0..strength pixels
     erasing     one rectangle of uniform 0..strength of the area, sides' ratio log-uniform in 1/3..3
+    mixup       not done here, see `own_share`; its probability is that of a batch
 
     Geometry is one bilinear pass. What comes into view, and what is erased, has the colour `fill` (RGB, 0..255), which
     colour operations then change with the rest of the picture, as they do its letterbox padding.
@@ -112,12 +116,15 @@ class BatchAugment:
     saturation: Op | None = None
     blur: Op | None = None
     erasing: Op | None = None
+    mixup: Op | None = None
     fill: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.name in _LIMITS:
                 _check_strength(field.name, getattr(self, field.name))
+        if self.mixup is not None and self.mixup.strength > _MIXUP_LIMIT:
+            raise InputError(f"augment.mixup.strength={self.mixup.strength} is above {_MIXUP_LIMIT:g}; 1 is usual")
         if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
             raise ValueError(f"fill {self.fill} is not three numbers in 0..255; white is (255, 255, 255)")
 
@@ -138,6 +145,19 @@ class BatchAugment:
         # Reduced precision would round pixels, and differently from the CPU.
         with torch.autocast(images.device.type, enabled=False):
             return _run(images, stages) if stages else images
+
+    def own_share(self, keys: Keys) -> float:
+        """The share that each image of the batch keeps of itself as it is blended with another; 1 where none is.
+
+        From Beta(strength, strength) in batches that mixup acts on: a function of the batch's keys alone.
+        """
+        if self.mixup is None or self.mixup.strength == 0:
+            return 1.0
+        of_batch = rng.mix(_MIXUP_STREAM, np.bitwise_xor.reduce(_as_uint64(keys)))
+        generator = np.random.Generator(np.random.Philox(key=int(of_batch)))
+        if generator.random() >= self.mixup.probability:
+            return 1.0
+        return float(generator.beta(self.mixup.strength, self.mixup.strength))
 
     def _draw(self, draws: _Draws, height: int, width: int) -> list[_Stage]:
         return [

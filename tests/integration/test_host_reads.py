@@ -34,7 +34,7 @@ from training_utils import MixedPrecisionTrainer, TrainState, create_optimizer
 
 OptimizerName: typing.TypeAlias = typing.Literal["adamw", "adafactor", "muon"]
 ROOT = Path(__file__).resolve().parents[2]
-OPERATIONS = ("rotation", "shift", "scale", "brightness", "contrast", "saturation", "blur", "erasing")
+OPERATIONS = ("rotation", "shift", "scale", "brightness", "contrast", "saturation", "blur", "erasing", "mixup")
 SMALL = (
     "data.image_size=32",
     "data.num_threads=1",
