@@ -97,7 +97,6 @@ def correcting() -> TagLoss:
     [
         AsymmetricFocalLoss,
         lambda: AsymmetricFocalLoss(7, 1, 0.2, tag_weights=torch.linspace(0.1, 2, 50), ignored_tags=(3, 8)),
-        lambda: MultiTaskLoss(FocalLoss(1.5), (1, 2), 0.5),
         BinaryCrossEntropy,
         HillLoss,
         correcting,
@@ -120,7 +119,7 @@ def test_inductor_gives_what_the_uncompiled_pass_gives(make):
 
 @pytest.mark.slow
 @pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), [(4, 0, 0.05), (2.5, 0.5, 0.2), (2, 2, 0.0)])
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), [(4, 0, 0.05), (2, 2, 0.0)])
 def test_inductor_equals_the_formula_in_float64(gamma_neg, gamma_pos, clip):
     torch._dynamo.reset()
     loss = AsymmetricFocalLoss(gamma_neg, gamma_pos, clip)

@@ -17,14 +17,25 @@ from loss_functions import (
     AsymmetricFocalLoss,
     BinaryCrossEntropy,
     FocalLoss,
+    HillLoss,
     MultiTaskLoss,
+    SelfPacedCorrectionLoss,
     TagLoss,
     create_loss,
     tag_weights_from_counts,
 )
 from tagger.losses import summed
 
-SETTINGS = [(4, 0, 0.05), (4, 1, 0.05), (2, 2, 0.0), (0, 0, 0.0), (0, 0, 0.05), (2.5, 0.5, 0.2), (0.5, 1.5, 0.05)]
+SETTINGS = [
+    (4, 0, 0.05),
+    (7, 0, 0.05),
+    (4, 1, 0.05),
+    (2, 2, 0.0),
+    (0, 0, 0.0),
+    (0, 0, 0.05),
+    (2.5, 0.5, 0.2),
+    (0.5, 1.5, 0.05),
+]
 
 
 def formula(logits: Tensor, targets: Tensor, gamma_neg: float, gamma_pos: float, clip: float) -> Tensor:
@@ -121,6 +132,8 @@ def test_float32_gradient_equals_the_derivative_of_the_formula(gamma_neg, gamma_
         FocalLoss(2.0, alpha=0.25),
         FocalLoss(1.5),
         BinaryCrossEntropy(),
+        HillLoss(),
+        SelfPacedCorrectionLoss(),
         AsymmetricFocalLoss(tag_weights=torch.linspace(0.1, 2, 6), ignored_tags=(4,), reduction="mean"),
         MultiTaskLoss(AsymmetricFocalLoss(), (1, 3, 5), 0.7),
         MultiTaskLoss(BinaryCrossEntropy(reduction="mean"), (0, 2), 2.0),
@@ -140,7 +153,8 @@ def test_gradient_passes_gradcheck(loss):
 
 
 @pytest.mark.parametrize(
-    "loss", [AsymmetricFocalLoss(), AsymmetricFocalLoss(2.5, 0.5, 1e-30), FocalLoss(), BinaryCrossEntropy()]
+    "loss",
+    [AsymmetricFocalLoss(), AsymmetricFocalLoss(2.5, 0.5, 1e-30), FocalLoss(), BinaryCrossEntropy(), HillLoss()],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_huge_logits_give_finite_values_and_gradients(loss, dtype):
@@ -287,7 +301,9 @@ def test_mean_is_the_sum_over_the_number_of_counted_costs():
     torch.testing.assert_close(mean, total / logits.numel())
 
 
-@pytest.mark.parametrize("loss", [AsymmetricFocalLoss(), AsymmetricFocalLoss(0.0), FocalLoss(), BinaryCrossEntropy()])
+@pytest.mark.parametrize(
+    "loss", [AsymmetricFocalLoss(), AsymmetricFocalLoss(0.0), FocalLoss(), BinaryCrossEntropy(), HillLoss()]
+)
 def test_a_nan_logit_makes_the_loss_nan(loss):
     for tag, present in ((1, False), (0, True)):
         logits = torch.zeros(1, 3)
