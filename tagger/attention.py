@@ -9,10 +9,11 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.compiler.config as compiler_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -102,8 +103,7 @@ class BackendChooser:
         if key not in self._kept:
             self._kept[key] = self._choose(shape, device)
         order = self._kept[key]
-        # The others stay behind the chosen one: a real batch may have a stride or a size that it does not take.
-        return sdpa_kernel([*order, SDPBackend.MATH], set_priority=True) if order else contextlib.nullcontext()
+        return _tried_in_order(order) if order else contextlib.nullcontext()
 
     def _choose(self, shape: AttentionShape, device: torch.device) -> list[SDPBackend]:
         times: dict[SDPBackend, float] = {}
@@ -123,6 +123,20 @@ class BackendChooser:
         slower = "".join(f", {_word(backend)} takes {times[backend] / times[chosen]:.2f}x" for backend in rest)
         logger.info("attention: %s: %s%s", shape, _word(chosen), slower)
         return [chosen, *rest]
+
+
+@contextlib.contextmanager
+def _tried_in_order(order: list[SDPBackend]) -> Iterator[None]:
+    tag = compiler_config.cache_key_tag
+    # A compiled block has its kernel built in, and torch's cache on disk does not know which one was asked for: without
+    # the tag, a block compiled by an earlier run would bring that run's kernel.
+    compiler_config.cache_key_tag = f"{tag} attention {' '.join(map(_word, order))}"
+    try:
+        # The others stay behind the chosen one: a real batch may have a stride or a size that it does not take.
+        with sdpa_kernel([*order, SDPBackend.MATH], set_priority=True):
+            yield
+    finally:
+        compiler_config.cache_key_tag = tag
 
 
 def _word(backend: SDPBackend) -> str:

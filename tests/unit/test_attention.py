@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.compiler.config as compiler_config
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from model_architecture import SimplifiedTagger, VisionTransformerConfig
 from tagger.attention import AttentionShape, BackendChooser, time_backend
+from tagger.compilation import missing_compiler
 
 FLASH, CUDNN, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 CARD = torch.device("cuda", 0)
@@ -65,6 +67,36 @@ def test_a_shape_is_timed_once_and_each_shape_by_itself() -> None:
     for shape in (SHAPE, other, SHAPE, other):
         _order_within(chooser.pinned(shape, CARD))
     assert [shape for shape, _ in timer.asked] == [SHAPE] * 3 + [other] * 3
+
+
+def test_what_is_compiled_is_cached_under_its_kernels() -> None:
+    before = compiler_config.cache_key_tag
+    with BackendChooser(FakeTimer({FLASH: 3.0, CUDNN: 2.0})).pinned(SHAPE, CARD):
+        assert compiler_config.cache_key_tag == f"{before} attention cudnn flash"
+    assert compiler_config.cache_key_tag == before
+
+
+class PlainAttention(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler")
+def test_what_an_earlier_run_compiled_does_not_bring_its_kernel() -> None:
+    from torch._inductor.utils import fresh_cache  # takes seconds, which the quick tests should not pay
+
+    used: list[bool] = []
+    with fresh_cache():
+        for kernel in (FLASH, EFFICIENT):  # a CPU has flash; behind the other comes the plain formula
+            torch._dynamo.reset()
+            module = PlainAttention()
+            module.compile(fullgraph=True, dynamic=False)
+            pin = BackendChooser(FakeTimer({kernel: 1.0})).pinned(SHAPE, CARD)
+            with torch.no_grad(), pin, torch.profiler.profile() as profile:
+                module(torch.zeros(2, 2, 16, 8))
+            used.append(any("flash_attention" in event.key for event in profile.key_averages()))
+    assert used == [True, False]
 
 
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
