@@ -52,6 +52,7 @@ SMALL = (
     "training.device=cpu",
     "training.batch_size=8",
     "training.accumulation_steps=2",
+    "training.num_epochs=1",
     "optimizer.base_batch_size=4",
 )
 # What a GPU has to be waited for: a value, or the size of a result that depends on values.
