@@ -8,7 +8,7 @@ and counted; it never becomes zeros or the image beside it.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -338,12 +338,12 @@ class DataLoader:
         sizes = self.dataset.sizes if preprocess.shapes else None
         return create_plan(sampler, preprocess, batch_size, sizes, rank=self._rank, world_size=self._world_size)
 
-    def __iter__(self) -> Iterator[tuple[Batch, Position]]:
+    def __iter__(self) -> Generator[tuple[Batch, Position], None, None]:
         epoch, spans = self._epoch, self._source.plan.spans(self._start)
         self._start = 0
         return self._batches(epoch, spans)
 
-    def _batches(self, epoch: int, spans: Spans) -> Iterator[tuple[Batch, Position]]:
+    def _batches(self, epoch: int, spans: Spans) -> Generator[tuple[Batch, Position], None, None]:
         if not spans:
             return
         known_bad = self.ledger.known_bad()

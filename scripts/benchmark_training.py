@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,7 @@ class PairedLoader:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, int]]]:
+    def __iter__(self) -> Generator[tuple[Batch, dict[str, int]], None, None]:
         for step in range(self._num_steps):
             batch = self._batches[step % len(self._batches)]
             self._bare_step(batch)

@@ -5,7 +5,8 @@ next loader goes on where the one before it stopped.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,7 +30,7 @@ class EpochLoader(Protocol):
     def seek(self, position: Mapping[str, int]) -> None:
         """Start after `position` at the next iteration."""
 
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, int]]]:
+    def __iter__(self) -> Generator[tuple[Batch, dict[str, int]], None, None]:
         """The batches that remain of the epoch."""
 
     def close(self) -> None:
@@ -82,8 +83,8 @@ class Left:
 class Feed:
     """The loaders of a run's phases, and how they take turns; an update takes `size` batches of one phase.
 
-    A phase ends with an update, the first that reaches the place where the next one starts. The last window of an
-    epoch may be shorter.
+    A phase ends with an update, the first that reaches the place where the next one starts; with aspect buckets the
+    first that ends a window of its order there. The last window of an epoch may be shorter.
     """
 
     loaders: Sequence[EpochLoader]
@@ -148,10 +149,11 @@ def accumulation_windows(feed: Feed, position: Mapping[str, int] | None, first_e
         else:
             loader.seek(leg.position)
         remaining = leg.num_batches
-        batches = iter(loader)
-        while remaining > 0:
-            taken = list(islice(batches, min(feed.size, remaining)))
-            assert taken, f"the loader ended {remaining} batches early"
-            remaining -= len(taken)
-            ends_epoch = leg.ends_epoch and remaining == 0
-            yield Window(tuple(batch for batch, _ in taken), taken[-1][1], leg.epoch, ends_epoch, leg.phase)
+        # Closed here, since a phase may end with batches of its epoch still on their way.
+        with closing(iter(loader)) as batches:
+            while remaining > 0:
+                taken = list(islice(batches, min(feed.size, remaining)))
+                assert taken, f"the loader ended {remaining} batches early"
+                remaining -= len(taken)
+                ends_epoch = leg.ends_epoch and remaining == 0
+                yield Window(tuple(batch for batch, _ in taken), taken[-1][1], leg.epoch, ends_epoch, leg.phase)

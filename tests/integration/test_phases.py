@@ -5,6 +5,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 from torch import Tensor
 
 import start_up
@@ -12,7 +13,8 @@ import train_direct
 from Configuration_System import AugmentOperation, AugmentSection, FullConfig, PhaseSection, load_config
 from tagger.artifact import load_artifact
 from tagger.config_io import ConfigError, save_yaml
-from tagger.data.windows import Window
+from tagger.data.phases import PhasePlan
+from tagger.data.windows import Feed, Window, accumulation_windows
 from tagger.preprocess import Preprocess
 from tests.tiny_dataset import assert_same, epoch_of, loaders
 
@@ -124,6 +126,28 @@ def test_a_resized_loader_serves_the_same_images_as_one_made_at_that_size(
     finally:
         for loader in (train, small, resized):
             loader.close()
+
+
+@pytest.mark.slow
+def test_processes_of_a_phase_that_ends_inside_an_epoch_end_with_it(drawn: Path) -> None:
+    served = []
+    for num_processes in (0, 1):
+        train, _, _ = loaders(drawn, data__num_processes=num_processes, training__batch_size=4)
+        small = train.resized(Preprocess.create(16, "letterbox", 8), 8)
+        feed = Feed([small, train], PhasePlan.create([0.3, 0.7], 1, [small.order, train.order]), 1)
+        rings = []
+        windows = []
+        for window in accumulation_windows(feed, None, 0):
+            windows.append((window.phase, window.position, [batch.images.clone() for batch in window.batches]))
+            rings.append((small._ring is not None, train._ring is not None))
+        assert {phase for phase, *_ in windows} == {0, 1}
+        of_processes = [(phase == 0, phase == 1) for phase, *_ in windows]
+        assert rings == (of_processes if num_processes else [(False, False)] * len(windows))
+        feed.close()
+        served.append(windows)
+    for (_, position, images), (_, other_position, others) in zip(*served, strict=True):
+        assert position == other_position
+        assert all(torch.equal(mine, other) for mine, other in zip(images, others, strict=True))
 
 
 def arguments(images: Path, runs: Path, name: str, *more: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Accumulation windows cover every batch once, from any position, through every phase."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tagger.batch import Batch
 from tagger.data.batch_plan import BatchPlan, BucketPlan, PlainPlan
 from tagger.data.epoch_order import EpochOrder
 from tagger.data.phases import PhasePlan
-from tagger.data.position import Position
+from tagger.data.position import Position, PositionError
 from tagger.data.sampler import RowSampler
 from tagger.data.windows import Feed, Window, accumulation_windows
 from tagger.preprocess import Preprocess
@@ -36,7 +36,7 @@ class MemoryLoader:
     def seek(self, position: Mapping[str, int]) -> None:
         self.epoch, self.start = position["epoch"], self.order.sample_at(position)
 
-    def __iter__(self) -> Iterator[tuple[Batch, Position]]:
+    def __iter__(self) -> Generator[tuple[Batch, Position], None, None]:
         start, self.start = self.start, 0
         self.log.append("iterate")
         for span in self.order.plan.spans(start):
@@ -193,9 +193,11 @@ def test_images_of_an_epoch_come_once_and_each_phase_has_its_share(feed: Feed) -
     for phase, start in enumerate(feed.plan.starts):
         before = [w for w in windows if w.phase < phase]
         if before:
-            # The last update before a phase starts before its place, or it would be of that phase.
+            # The last update before a phase, or the window of the order that it belongs to, starts before its place.
             last = before[-1]
-            assert last.epoch * feed.plan.images_an_epoch + places(last)[0] < start
+            grouping = feed.loaders[last.phase].order.plan.grouping(places(last)[0])
+            begun = places(last)[0] if grouping is None else grouping.whole
+            assert last.epoch * feed.plan.images_an_epoch + begun < start
 
 
 def test_with_buckets_a_phase_starts_where_its_own_order_has_a_window() -> None:
@@ -205,3 +207,21 @@ def test_with_buckets_a_phase_starts_where_its_own_order_has_a_window() -> None:
     loaders = [MemoryLoader(BucketPlan(order, 5, shapes, sides, sides, window_batches=w)) for w in (2, 4)]
     for share, expected in [(0.1, 0), (0.11, 20), (0.35, 40), (0.81, 80), (0.95, 100)]:
         assert feed_of(loaders, [share, 1 - share], 1, 1).plan.starts == (0, expected)
+
+
+def test_ranks_change_phase_at_the_same_update_and_count_the_images_of_all() -> None:
+    found = []
+    for rank in range(2):
+        sampler = RowSampler(np.arange(21), 7)
+        plans = [PlainPlan(sampler, size, ((21, SQUARE),), rank, 2) for size in (4, 1)]
+        feed = feed_of([MemoryLoader(plan) for plan in plans], [0.7, 0.3], 2, 1)
+        windows = list(accumulation_windows(feed, None, 0))
+        found.append([(w.phase, w.epoch, w.ends_epoch, w.position) for w in windows])
+        left = feed.left(None, 0)
+        assert (sum(left.updates), sum(left.images)) == (len(windows), 2 * sum(w.num_images for w in windows))
+    assert found[0] == found[1] and {phase for phase, *_ in found[0]} == {0, 1}
+
+
+def test_what_is_no_position_is_refused_by_the_loader() -> None:
+    with pytest.raises(PositionError, match="not a position of a loader"):
+        next(accumulation_windows(feed_of([plain(8, 2), plain(8, 2)], [0.5, 0.5], 4, 1), {"epoch": 0}, 0))
