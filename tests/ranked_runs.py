@@ -1,7 +1,8 @@
 """One rank of runs of several ranks, for the tests of those: `python -m tests.ranked_runs RANK WORLD JOBS CODES`.
 
 JOBS is a JSON file with a list of jobs: `port` and `words` (arguments of train_direct), and perhaps `event`, what
-happens to rank `of_rank` before its update number `at_step`. CODES becomes the list of their exit codes.
+happens to rank `of_rank` after `at_step` updates, at the start or in a validation. CODES becomes the list of their
+exit codes.
 """
 
 import json
@@ -19,6 +20,7 @@ import start_up
 import train_direct
 from tagger.data.windows import Window
 from tagger.errors import InputError
+from validation_loop import Evaluation
 
 EVENTS = {
     "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -34,7 +36,7 @@ def _raise(error: Exception) -> None:
 def run_job(job: dict[str, Any], rank: int) -> int:
     """Train as a job says; returns the exit code."""
     event = job.get("event") if rank == job.get("of_rank") else None
-    step, build = train_direct.train_step, train_direct.build
+    step, build, score = train_direct.train_step, train_direct.build, train_direct.evaluate_all
 
     def eventful(parts: start_up.Parts, window: Window) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if event in EVENTS and parts.state.step == job["at_step"]:
@@ -46,11 +48,16 @@ def run_job(job: dict[str, Any], rank: int) -> int:
             raise InputError("this machine lacks the images")
         return build(*arguments, **options)
 
-    train_direct.train_step, train_direct.build = eventful, refusing
+    def interrupted(*arguments: Any, **options: Any) -> list[Evaluation]:
+        if event == "sigterm while scoring":
+            EVENTS["sigterm"]()
+        return score(*arguments, **options)
+
+    train_direct.train_step, train_direct.build, train_direct.evaluate_all = eventful, refusing, interrupted
     try:
         return train_direct.main(job["words"])
     finally:
-        train_direct.train_step, train_direct.build = step, build
+        train_direct.train_step, train_direct.build, train_direct.evaluate_all = step, build, score
 
 
 def main() -> None:

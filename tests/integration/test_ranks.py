@@ -1,6 +1,7 @@
 """Two processes train one run: what they learn, save and say is what one process does with the same images."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.ranked_runs import run_job
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals to send to a process"),
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo"),
 ]
 # An epoch of 39 images is a window of 24 and a short one of 8; the rest is left out.
@@ -43,6 +45,7 @@ SETTINGS = (
     "monitor.log_every_steps=1",
     "monitor.tensorboard=false",
 )
+INTERRUPTION = {"event": "sigterm while scoring", "of_rank": 1}
 PHASES = "training.phases=[{image_size: 16, share: 0.4}, {image_size: 32}]"
 # Everything that draws random numbers or keeps statistics of its own.
 NOISY = ("model.stem=conv", "model.dropout=0.2", "model.drop_path=0.2", "optimizer.name=muon", "training.num_epochs=1")
@@ -120,11 +123,15 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"words": words(images, runs, "stopped", 4, *NOISY), "event": "sigterm", "of_rank": 0, "at_step": 1},
         {"words": words(images, runs, "stopped", 4, *NOISY, "--resume", "latest")},
         {"words": words(images, runs, "mixed", 4), "event": "sigterm", "of_rank": 1, "at_step": 1},
+        *(
+            {"words": words(images, runs, f"unscored-{mode}", 4, f"training.parallel={mode}"), **INTERRUPTION}
+            for mode in ("ddp", "fsdp")
+        ),
     ]
     assert train_direct.main(words(images, runs, "one", 8)) == 0
     assert train_direct.main(words(images, runs, "one-phases", 8, PHASES)) == 0
     codes, said = run_pair(runs / "first", jobs)
-    assert codes == [[0, 0, 0, 0, 143, 0, 143]] * 2, said
+    assert codes == [[0, 0, 0, 0, 143, 0, 143, 143, 143]] * 2, said
     return runs
 
 
@@ -152,6 +159,14 @@ def test_a_resume_with_the_same_ranks_is_exact(runs: Path) -> None:
     for part, tensors in straight.tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(stopped.tensors[part][name], tensor), f"{part} {name}"
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_leaves_a_validation_to_the_next_start(runs: Path, mode: str) -> None:
+    saved = read_checkpoint(newest(runs / f"unscored-{mode}"))
+    assert (saved.step, saved.state["extra"]["owed_validation"]) == (2, 0)  # type: ignore[index,call-overload]
+    results = json.loads((runs / f"unscored-{mode}" / "results.json").read_text(encoding="utf-8"))
+    assert (results["status"], results["error"]) == ("stopped", "SIGTERM")
 
 
 def test_a_run_goes_on_with_any_number_of_ranks(runs: Path, images: Path) -> None:
