@@ -69,7 +69,15 @@ class Parallel:
         if self.sharded:
             _shard(model)
         elif not ranks.alone:
-            # Buffers are the same on all ranks between updates by what `settle_buffers` does.
+            # A gradient that a channels-last 1x1 convolution gives has other strides than its weight, which says the
+            # same of the memory; DDP, which compares strides, would warn and copy.
+            for parameter in objective.parameters():
+                if parameter.ndim == 4 and parameter.shape[2:] == (1, 1) and parameter.requires_grad:
+                    parameter.register_hook(lambda gradient: gradient.flatten().view(gradient.shape))
+            # Buffers are the same on all ranks between updates by what `settle_buffers` does. No static_graph=True: it
+            # needs the very first backward pass to exchange gradients (torch 2.13 asserts otherwise), and a window
+            # begins with `no_sync`. An exchange there alone would round the first window after a resume differently,
+            # which then would not be exact.
             with warnings.catch_warnings():
                 # The newer name of the first option is not in every torch that this runs with.
                 warnings.simplefilter("ignore", FutureWarning)

@@ -1,9 +1,11 @@
 """One process is a group of one that waits for nobody; an environment that names a group must name it whole."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from evaluation_metrics import MetricComputer
@@ -14,6 +16,7 @@ from tagger.endings import Ending, diagnose
 from tagger.errors import InputError, PeerFailedError
 from tagger.parallel import Parallel, ValidationFeed, require_shardable
 from tagger.sharding import is_sharded, like, whole
+from tagger.tokens import ConvStem
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -149,6 +152,31 @@ def test_one_process_is_wrapped_in_nothing() -> None:
         parallel.settle_buffers()
     assert not is_sharded(model[0].weight)
     assert whole(model[0].weight) is model[0].weight and like(model[1].weight, model[0].weight) is model[1].weight
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A gloo group that this process is the whole of."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_the_convolutional_stem_gives_gradients_as_ddp_wants_them(recwarn: pytest.WarningsRecorder) -> None:
+    stem = ConvStem(4, 16)
+    parallel = Parallel(stem, stem, Ranks(0, 2, None), "ddp")
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for is_last in (False, True, True):
+            with parallel.batch(is_last=is_last):
+                parallel.objective(torch.rand(2, 3, 16, 16)).sum().backward()
+    finally:
+        torch.set_warn_always(before)
+    assert not [str(each.message) for each in recwarn if "strides" in str(each.message)]
 
 
 class Scripted(Ranks):
