@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -30,7 +30,9 @@ _JOIN_TIMEOUT = timedelta(minutes=30)
 _SILENCE_TIMEOUT = timedelta(hours=1)
 _POLL_S = 0.05
 _LAST_WORDS_S = 2.0
+_LISTEN_EVERY_S = 1.0
 _FAILURE = "failure"
+_STOP = "stop"
 _RANDOM_STREAM = stable_id("distributed/random")
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,7 +47,8 @@ class Agreed:
 
 
 class Ranks:
-    """This process's place among the ranks of a run. Every method but `explain` and `report` is called by all of them.
+    """This process's place among the ranks of a run. Every method is called by all of them, but for `explain`, `report`
+    and `heard_stop`.
 
     Use as a context manager: an error that leaves the block is told to the other ranks, which then end too.
     """
@@ -57,6 +60,7 @@ class Ranks:
         self._store = store
         self._host_group = host_group
         self._said = 0
+        self._stop_heard, self._listened_at = False, -_LISTEN_EVERY_S
         self._ended_badly = False
 
     @classmethod
@@ -152,15 +156,28 @@ class Ranks:
         """
         if self.alone:
             return Agreed(num_images, stop, save)
-        own = torch.tensor([num_images, stop, int(save)])
-        every = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(every, own, group=self._host_group)
-        table = torch.stack(every)
+        table = self._exchange([num_images, stop, int(save)])
         return Agreed(int(table[:, 0].sum()), int(table[:, 1].max()), bool(table[0, 2]))
 
-    def any_of(self, flag: bool) -> bool:
-        """Whether the flag of any rank is set."""
-        return self.agree(0, int(flag), False).stop > 0
+    def any_of(self, flag: bool, meanwhile: Callable[[], object] | None = None) -> bool:
+        """Whether the flag of any rank is set; `meanwhile` is called again and again until all have come here."""
+        return flag if self.alone else bool(self._exchange([int(flag)], meanwhile).any())
+
+    def heard_stop(self, asked: bool) -> bool:
+        """Whether any rank has said here that it was `asked` to stop: the others hear of it within a second.
+
+        Waits for nobody.
+        """
+        if self.alone:
+            return asked
+        now = time.monotonic()
+        if asked and not self._stop_heard:
+            self._store.set(_STOP, "")
+            self._stop_heard = True
+        elif not self._stop_heard and now - self._listened_at >= _LISTEN_EVERY_S:
+            self._listened_at = now
+            self._stop_heard = self._store.check([_STOP])
+        return self._stop_heard
 
     def gather(self, counts: Counts, losses: Sequence[float]) -> list[float] | None:
         """Bring the counts of an evaluation to rank 0 and all losses with them; None on the others."""
@@ -217,6 +234,17 @@ class Ranks:
             from torch.distributed.distributed_c10d import _abort_process_group
 
             _abort_process_group()
+
+    def _exchange(self, values: Sequence[int], meanwhile: Callable[[], object] | None = None) -> torch.Tensor:
+        """Every rank's values: int64 [ranks, values]."""
+        own = torch.tensor(values)
+        every = [torch.empty_like(own) for _ in range(self.world_size)]
+        work = dist.all_gather(every, own, group=self._host_group, async_op=True)
+        while meanwhile is not None and not work.is_completed():
+            meanwhile()
+            time.sleep(_POLL_S)
+        work.wait()
+        return torch.stack(every)
 
     def _next_key(self, what: str) -> str:
         self._said += 1

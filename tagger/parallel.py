@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from tagger.batch import Batch
-from tagger.distributed import ALONE, Ranks
+from tagger.distributed import Ranks
 from tagger.errors import InputError, PeerFailedError
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class Parallel:
         self, loader: Iterable[tuple[Batch, Any]], stop: Callable[[], bool], image_size: int
     ) -> "ValidationFeed":
         """The batches to score on this rank, and when to stop."""
-        return ValidationFeed(loader, stop, image_size, self.ranks if self.sharded else ALONE)
+        return ValidationFeed(loader, stop, image_size, self.ranks, together=self.sharded)
 
     @torch.no_grad()
     def settle_buffers(self) -> None:
@@ -164,22 +164,29 @@ class ValidationFeed:
     """A rank's batches of an evaluation. Ranks with a sharded model go forward together or not at all.
 
     Their shares may differ by a batch, and broken images may take one away: a rank that has run out goes on with empty
-    batches until all have. `stop()` is what was agreed then; for whole models each rank asks for itself.
+    batches until all have. `stop()` is what was agreed then. With whole models each rank goes on by itself, and hears
+    within a second that another was asked to stop.
     """
 
     def __init__(
-        self, loader: Iterable[tuple[Batch, Any]], stop: Callable[[], bool], image_size: int, ranks: Ranks
+        self,
+        loader: Iterable[tuple[Batch, Any]],
+        stop: Callable[[], bool],
+        image_size: int,
+        ranks: Ranks,
+        *,
+        together: bool,
     ) -> None:
-        self._loader, self._ask, self._ranks = loader, stop, ranks
+        self._loader, self._ask, self._ranks, self._together = loader, stop, ranks, together
         self._filler = (Batch.empty(image_size), None)
         self._stopped = False
 
     def stop(self) -> bool:
         """Whether to leave the evaluation before the next batch."""
-        return self._ask() if self._ranks.alone else self._stopped
+        return self._stopped if self._together else self._ranks.heard_stop(self._ask())
 
     def __iter__(self) -> Iterator[tuple[Batch, Any]]:
-        if self._ranks.alone:
+        if not self._together:
             yield from self._loader
             return
         batches = iter(self._loader)

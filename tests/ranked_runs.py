@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+def endless(feed: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from feed
+
+
 def run_job(job: dict[str, Any], rank: int) -> int:
     """Train as a job says; returns the exit code."""
     event = job.get("event") if rank == job.get("of_rank") else None
@@ -48,10 +55,14 @@ def run_job(job: dict[str, Any], rank: int) -> int:
             raise InputError("this machine lacks the images")
         return build(*arguments, **options)
 
-    def interrupted(*arguments: Any, **options: Any) -> list[Evaluation]:
+    def interrupted(subjects: Any, feed: Iterable[Any], *arguments: Any, **options: Any) -> list[Evaluation]:
+        if "scor" in job.get("event", ""):  # a validation that ends by nothing but the signal
+            feed = endless(feed) if event != "sigterm once scored" else ()
         if event == "sigterm while scoring":
             EVENTS["sigterm"]()
-        return score(*arguments, **options)
+        elif event == "sigterm once scored":
+            threading.Timer(0.5, EVENTS["sigterm"]).start()
+        return score(subjects, feed, *arguments, **options)
 
     train_direct.train_step, train_direct.build, train_direct.evaluate_all = eventful, refusing, interrupted
     try:

@@ -45,7 +45,10 @@ SETTINGS = (
     "monitor.log_every_steps=1",
     "monitor.tensorboard=false",
 )
-INTERRUPTION = {"event": "sigterm while scoring", "of_rank": 1}
+INTERRUPTION = {
+    "ddp": {"event": "sigterm once scored", "of_rank": 1},
+    "fsdp": {"event": "sigterm while scoring", "of_rank": 1},
+}
 PHASES = "training.phases=[{image_size: 16, share: 0.4}, {image_size: 32}]"
 # Everything that draws random numbers or keeps statistics of its own.
 NOISY = ("model.stem=conv", "model.dropout=0.2", "model.drop_path=0.2", "optimizer.name=muon", "training.num_epochs=1")
@@ -124,8 +127,8 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"words": words(images, runs, "stopped", 4, *NOISY, "--resume", "latest")},
         {"words": words(images, runs, "mixed", 4), "event": "sigterm", "of_rank": 1, "at_step": 1},
         *(
-            {"words": words(images, runs, f"unscored-{mode}", 4, f"training.parallel={mode}"), **INTERRUPTION}
-            for mode in ("ddp", "fsdp")
+            {"words": words(images, runs, f"unscored-{mode}", 4, f"training.parallel={mode}"), **event}
+            for mode, event in INTERRUPTION.items()
         ),
     ]
     assert train_direct.main(words(images, runs, "one", 8)) == 0

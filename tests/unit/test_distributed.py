@@ -194,7 +194,7 @@ class Scripted(Ranks):
 
 def test_a_rank_that_has_run_out_of_images_goes_on_with_empty_batches() -> None:
     one = (Batch.empty(8), {"samples": 1})
-    feed = ValidationFeed([one], lambda: False, 8, Scripted([(2, 0), (1, 0), (0, 0)]))
+    feed = ValidationFeed([one], lambda: False, 8, Scripted([(2, 0), (1, 0), (0, 0)]), together=True)
     batches = list(feed)
     assert len(batches) == 2 and batches[0] is one
     assert len(batches[1][0]) == 0 and batches[1][0].images.shape == (0, 3, 8, 8)
@@ -202,14 +202,28 @@ def test_a_rank_that_has_run_out_of_images_goes_on_with_empty_batches() -> None:
 
 
 def test_ranks_of_a_sharded_model_stop_before_the_same_batch() -> None:
-    feed = ValidationFeed([(Batch.empty(8), None)] * 3, lambda: False, 8, Scripted([(2, 0), (2, 1)]))
+    feed = ValidationFeed([(Batch.empty(8), None)] * 3, lambda: False, 8, Scripted([(2, 0), (2, 1)]), together=True)
     seen = 0
     for _ in feed:
         if feed.stop():
             break
         seen += 1
     assert seen == 1
-    assert ValidationFeed([], lambda: True, 8, ALONE).stop()
+    assert ValidationFeed([], lambda: True, 8, ALONE, together=False).stop()
+
+
+def test_ranks_with_whole_models_hear_that_another_was_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked, store = [0.0], [False, False], Told()
+    monkeypatch.setattr("tagger.distributed.time.monotonic", lambda: now[0])
+    one, other = (
+        ValidationFeed([], lambda rank=rank: asked[rank], 8, Ranks(rank, 2, store), together=False)  # type: ignore[misc]
+        for rank in range(2)
+    )
+    assert not one.stop() and not other.stop()
+    asked[1] = True
+    assert other.stop() and not one.stop()
+    now[0] = 1.0
+    assert one.stop()
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
