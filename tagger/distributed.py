@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from tagger.devices import resolve_device
-from tagger.endings import Ending
-from tagger.errors import InputError, PeerFailedError
+from tagger.endings import Ending, diagnose
+from tagger.errors import InputError, PeerFailedError, RunFailedError
 from tagger.evaluation.gather import Counts, gather_metrics
 from tagger.rng import mix, stable_id
 
@@ -32,6 +32,7 @@ _POLL_S = 0.05
 _LAST_WORDS_S = 2.0
 _LISTEN_EVERY_S = 1.0
 _FAILURE = "failure"
+_HEARD = "failure heard"
 _STOP = "stop"
 _RANDOM_STREAM = stable_id("distributed/random")
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -61,7 +62,7 @@ class Ranks:
         self._host_group = host_group
         self._said = 0
         self._stop_heard, self._listened_at = False, -_LISTEN_EVERY_S
-        self._ended_badly = False
+        self._ended_badly = self._must_be_heard = self._has_heard = False
 
     @classmethod
     def join(cls, device_name: str) -> "Ranks":
@@ -200,7 +201,9 @@ class Ranks:
             return
         self._ended_badly = True
         with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that keeps it
-            self._store.compare_set(_FAILURE, "", json.dumps({"rank": self.rank, **asdict(ending)}))
+            word = json.dumps({"rank": self.rank, **asdict(ending)})
+            self._store.compare_set(_FAILURE, "", word)
+            self._must_be_heard = self._store.get(_FAILURE) == word.encode()
 
     def explain(self, error: Exception) -> Exception:
         """The error itself, or a PeerFailedError where it only says that a connection to another rank was lost."""
@@ -226,6 +229,11 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and not self._ended_badly:
+            told = error.__cause__ if isinstance(error, RunFailedError) else None
+            self.report(diagnose(told or error))
+        if self.is_main and self._must_be_heard:
+            self._wait_until_heard()
         if error is None and not self._ended_badly:
             self.close()
         elif not self.alone and dist.get_backend() == "nccl":
@@ -258,15 +266,25 @@ class Ranks:
                 raise found
             time.sleep(_POLL_S)
 
+    def _wait_until_heard(self) -> None:
+        """For the others a little: the store may end with this process, and what it says with it."""
+        until = time.monotonic() + _LAST_WORDS_S
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < until:
+                time.sleep(_POLL_S)
+
     def _failure(self) -> PeerFailedError | None:
         """What the rank that failed first has left word of; None where none has, or it was this one."""
         try:
             if not self._store.check([_FAILURE]):
                 return None
             said = json.loads(self._store.get(_FAILURE))
+            if said["rank"] == self.rank:
+                return None
+            if not self._has_heard:
+                self._has_heard = True
+                self._store.add(_HEARD, 1)
         except RuntimeError:
-            return None
-        if said["rank"] == self.rank:
             return None
         return PeerFailedError(f"rank {said['rank']}: {said['reason']}", said["status"], said["exit_code"])
 
@@ -278,6 +296,8 @@ def _number(name: str) -> int:
     text = os.environ.get(name, "1")
     if not text.isdecimal():
         raise InputError(f"{name}={text} in the environment is not a number; start with torchrun, or unset it")
+    if name == "WORLD_SIZE" and int(text) == 0:
+        raise InputError(f"{name}={text} in the environment names no process; start with torchrun, or unset it")
     return int(text)
 
 

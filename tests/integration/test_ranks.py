@@ -193,11 +193,13 @@ def test_a_rank_that_fails_ends_all_with_its_reason(images: Path, tmp_path: Path
     jobs = [
         {"words": words(images, tmp_path, "refused", 4), "event": "refusal", "of_rank": 1},
         {"words": words(images, tmp_path, "memory", 4), "event": "memory", "of_rank": 1, "at_step": 2},
+        {"words": words(images, tmp_path, "memory", 4)},
     ]
     codes, said = run_pair(tmp_path / "pair", jobs)
-    assert codes == [[2, 5]] * 2, said
+    assert codes == [[2, 5, 2]] * 2, said
     assert not (tmp_path / "refused").exists()
     assert "rank 1: error: this machine lacks the images" in said[1]
+    assert "memory already exists" in said[0]
     results = json.loads((tmp_path / "memory" / "results.json").read_text(encoding="utf-8"))
     assert (results["status"], results["exit_code"]) == ("failed", 5)
     assert results["error"].startswith("rank 1: out of memory")

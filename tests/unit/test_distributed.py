@@ -13,7 +13,7 @@ from tagger.batch import Batch
 from tagger.data.prefetch import num_cores
 from tagger.distributed import ALONE, Agreed, Ranks
 from tagger.endings import Ending, diagnose
-from tagger.errors import InputError, PeerFailedError
+from tagger.errors import InputError, PeerFailedError, RunFailedError
 from tagger.parallel import Parallel, ValidationFeed, require_shardable
 from tagger.sharding import is_sharded, like, whole
 from tagger.tokens import ConvStem
@@ -25,6 +25,16 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A gloo group that this process is the whole of."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [None, "1"])
@@ -43,6 +53,9 @@ def test_half_an_environment_is_refused_with_the_command_to_use(monkeypatch: pyt
         Ranks.join("cpu")
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(InputError, match="WORLD_SIZE=many"):
+        Ranks.join("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    with pytest.raises(InputError, match="WORLD_SIZE=0 in the environment names no process; start with torchrun"):
         Ranks.join("cpu")
 
 
@@ -87,6 +100,10 @@ class Told:
         if self.values.get(key, "") == expected:
             self.values[key] = desired
 
+    def add(self, key: str, amount: int) -> int:
+        self.values[key] = str(int(self.values.get(key, "0")) + amount)
+        return int(self.values[key])
+
 
 def test_the_first_rank_to_fail_is_the_reason_of_all() -> None:
     store = Told()
@@ -102,6 +119,36 @@ def test_the_first_rank_to_fail_is_the_reason_of_all() -> None:
     assert ranks[0].explain(own) is own
     with pytest.raises(PeerFailedError, match="rank 2: out of memory"):
         ranks[1].broadcast(None)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (InputError("runs/mine already exists"), Ending("failed", 2, "rank 0: runs/mine already exists")),
+        (RunFailedError("no room", 6), Ending("failed", 5, "rank 0: out of memory")),
+    ],
+)
+def test_an_error_that_nobody_has_told_of_is_told_on_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: Ending
+) -> None:
+    waits: list[float] = []
+    store = Told()
+    main, other = Ranks(0, 2, store), Ranks(1, 2, store)
+
+    def listen(seconds: float) -> None:
+        waits.append(seconds)
+        assert diagnose(other.explain(RuntimeError("gloo: closed"))).reason is not None
+
+    monkeypatch.setattr("tagger.distributed.time.sleep", listen)
+    if isinstance(error, RunFailedError):
+        error.__cause__ = MemoryError("full")
+    with pytest.raises(type(error)), main:
+        raise error
+    assert len(waits) == 1, "rank 0 stays until the others have heard, and no longer"
+    found = diagnose(other.explain(RuntimeError("gloo: closed")))
+    assert (found.status, found.exit_code) == (expected.status, expected.exit_code)
+    assert found.reason is not None and expected.reason is not None and found.reason.startswith(expected.reason)
 
 
 def test_what_rank_0_says_reaches_every_rank_in_order() -> None:
@@ -152,16 +199,6 @@ def test_one_process_is_wrapped_in_nothing() -> None:
         parallel.settle_buffers()
     assert not is_sharded(model[0].weight)
     assert whole(model[0].weight) is model[0].weight and like(model[1].weight, model[0].weight) is model[1].weight
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    """A gloo group that this process is the whole of."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch is built without gloo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group_of_one")
