@@ -139,8 +139,9 @@ def evaluate_all(
     """Score models on every batch of `loader`, which is read once; their training mode is put back afterwards.
 
     `val/loss` is the criterion summed over tags, averaged over images. Raises DivergedError when a logit is NaN,
-    EvaluationStopped when `stop`, asked before each batch and while others score theirs, says so. Where there are several `ranks`, each scores the
-    batches of its own loader; rank 0 has the scores of all images, bit for bit those of one rank, the others none.
+    EvaluationStopped when `stop`, asked before each batch and while others score theirs, says so. Where there are
+    several `ranks`, each scores the batches of its own loader; rank 0 has the scores of all images, bit for bit those
+    of one rank, the others none.
     """
     passes = [_Pass(subject, num_samples) for subject in subjects]
     stopped, were_training = False, [subject.model.training for subject in subjects]

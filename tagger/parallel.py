@@ -203,8 +203,8 @@ def _shard(model: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # No MixedPrecisionPolicy(param_dtype=torch.bfloat16), which would halve what is gathered under autocast: it casts all
-    # parameters of a block, and norms and layer scales, which autocast leaves in float32, would be used with 8 bits.
+    # No MixedPrecisionPolicy(param_dtype=torch.bfloat16), which would halve what is gathered under autocast: it casts
+    # all parameters of a block, and norms and layer scales, which autocast leaves in float32, would have 8 bits.
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.get_submodule("blocks").children():

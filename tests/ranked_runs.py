@@ -1,8 +1,8 @@
 """One rank of runs of several ranks, for the tests of those: `python -m tests.ranked_runs RANK WORLD JOBS CODES`.
 
 JOBS is a JSON file with a list of jobs: `port` and `words` (arguments of train_direct), and perhaps `event`, what
-happens to rank `of_rank` after `at_step` updates, at the start or in a validation. CODES becomes the list of their
-exit codes.
+happens to rank `of_rank` after `at_step` updates, at the start or in a validation. A job `alone` is one of rank 0 as a
+run of one rank. CODES becomes the list of their exit codes.
 """
 
 import json
@@ -72,14 +72,14 @@ def run_job(job: dict[str, Any], rank: int) -> int:
 
 
 def main() -> None:
-    rank, world = int(sys.argv[1]), sys.argv[2]
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    rank = int(sys.argv[1])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     codes: list[int] = []
     for job in json.loads(Path(sys.argv[3]).read_text(encoding="utf-8")):
-        os.environ["MASTER_PORT"] = str(job["port"])
-        codes.append(run_job(job, rank))
+        world = "1" if "alone" in job else sys.argv[2]
+        os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": str(job["port"])}
+        codes.append(0 if "alone" in job and rank else run_job(job, rank))
         if dist.is_initialized():  # what failed does not tidy up, since its process ends
             dist.destroy_process_group()
         logging.getLogger().handlers.clear()
