@@ -73,7 +73,9 @@ class Parallel:
             # same of the memory; DDP, which compares strides, would warn and copy.
             for parameter in objective.parameters():
                 if parameter.ndim == 4 and parameter.shape[2:] == (1, 1) and parameter.requires_grad:
-                    parameter.register_hook(lambda gradient: gradient.flatten().view(gradient.shape))
+                    parameter.register_hook(  # type: ignore[no-untyped-call]
+                        lambda gradient: gradient.flatten().view(gradient.shape)
+                    )
             # Buffers are the same on all ranks between updates by what `settle_buffers` does. No static_graph=True: it
             # needs the very first backward pass to exchange gradients (torch 2.13 asserts otherwise), and a window
             # begins with `no_sync`. An exchange there alone would round the first window after a resume differently,
