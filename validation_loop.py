@@ -139,8 +139,9 @@ def evaluate_all(
     """Score models on every batch of `loader`, which is read once; their training mode is put back afterwards.
 
     `val/loss` is the criterion summed over tags, averaged over images. Raises DivergedError when a logit is NaN,
-    EvaluationStopped when `stop`, asked before each batch, says so. Where there are several `ranks`, each scores the
-    batches of its own loader; rank 0 has the scores of all images, bit for bit those of one rank, the others none.
+    EvaluationStopped when `stop`, asked before each batch and while others score theirs, says so. Where there are
+    several `ranks`, each scores the batches of its own loader; rank 0 has the scores of all images, bit for bit those
+    of one rank, the others none.
     """
     passes = [_Pass(subject, num_samples) for subject in subjects]
     stopped, were_training = False, [subject.model.training for subject in subjects]
@@ -159,7 +160,7 @@ def evaluate_all(
     finally:
         for subject, was_training in zip(subjects, were_training, strict=True):
             subject.model.train(was_training)
-    if ranks.any_of(stopped):
+    if ranks.any_of(stopped, meanwhile=stop):
         raise EvaluationStopped
     return [done for each in passes if (done := each.result(ranks)) is not None]
 

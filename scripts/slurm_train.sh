@@ -24,9 +24,22 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 # A port of the job's own, so that two jobs may share a machine.
 port=$((20000 + SLURM_JOB_ID % 20000))
-stopping=false
-trap 'stopping=true; touch "runs/$name/STOP"' TERM
-srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
+training=""
+interrupted=false
+# Before the run's folder is there, nothing would be lost: then the signal itself goes on to the training.
+# shellcheck disable=SC2329 # the trap calls it
+stop() {
+    interrupted=true
+    if ! touch "runs/$name/STOP" 2> /dev/null; then
+        if [ -z "$training" ]; then
+            exit 143
+        fi
+        kill -TERM "$training" || true
+    fi
+}
+trap stop TERM
+# srun does not take --cpus-per-task over from the job by itself since Slurm 22.05.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python -m torch.distributed.run \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \
@@ -34,9 +47,10 @@ srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
     train_direct.py --config "$recipe" --resume auto "$@" run.output_dir=runs run.name="$name" &
 training=$!
 code=0
-wait "$training" || code=$?
-if "$stopping"; then # the signal ended the first wait
+while :; do # a signal ends a wait, the training goes on
+    interrupted=false
     code=0
     wait "$training" || code=$?
-fi
+    "$interrupted" || break
+done
 exit "$code"

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from tagger.devices import resolve_device
-from tagger.endings import Ending
-from tagger.errors import InputError, PeerFailedError
+from tagger.endings import Ending, diagnose
+from tagger.errors import InputError, PeerFailedError, RunFailedError
 from tagger.evaluation.gather import Counts, gather_metrics
 from tagger.rng import mix, stable_id
 
@@ -30,7 +30,10 @@ _JOIN_TIMEOUT = timedelta(minutes=30)
 _SILENCE_TIMEOUT = timedelta(hours=1)
 _POLL_S = 0.05
 _LAST_WORDS_S = 2.0
+_LISTEN_EVERY_S = 1.0
 _FAILURE = "failure"
+_HEARD = "failure heard"
+_STOP = "stop"
 _RANDOM_STREAM = stable_id("distributed/random")
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,7 +48,8 @@ class Agreed:
 
 
 class Ranks:
-    """This process's place among the ranks of a run. Every method but `explain` and `report` is called by all of them.
+    """This process's place among the ranks of a run. Every method is called by all of them, but for `explain`, `report`
+    and `heard_stop`.
 
     Use as a context manager: an error that leaves the block is told to the other ranks, which then end too.
     """
@@ -57,7 +61,8 @@ class Ranks:
         self._store = store
         self._host_group = host_group
         self._said = 0
-        self._ended_badly = False
+        self._stop_heard, self._listened_at = False, -_LISTEN_EVERY_S
+        self._ended_badly = self._must_be_heard = self._has_heard = False
 
     @classmethod
     def join(cls, device_name: str) -> "Ranks":
@@ -152,15 +157,28 @@ class Ranks:
         """
         if self.alone:
             return Agreed(num_images, stop, save)
-        own = torch.tensor([num_images, stop, int(save)])
-        every = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(every, own, group=self._host_group)
-        table = torch.stack(every)
+        table = self._exchange([num_images, stop, int(save)])
         return Agreed(int(table[:, 0].sum()), int(table[:, 1].max()), bool(table[0, 2]))
 
-    def any_of(self, flag: bool) -> bool:
-        """Whether the flag of any rank is set."""
-        return self.agree(0, int(flag), False).stop > 0
+    def any_of(self, flag: bool, meanwhile: Callable[[], object] | None = None) -> bool:
+        """Whether the flag of any rank is set; `meanwhile` is called again and again until all have come here."""
+        return flag if self.alone else bool(self._exchange([int(flag)], meanwhile).any())
+
+    def heard_stop(self, asked: bool) -> bool:
+        """Whether any rank has said here that it was `asked` to stop: the others hear of it within a second.
+
+        Waits for nobody.
+        """
+        if self.alone:
+            return asked
+        now = time.monotonic()
+        if asked and not self._stop_heard:
+            self._store.set(_STOP, "")
+            self._stop_heard = True
+        elif not self._stop_heard and now - self._listened_at >= _LISTEN_EVERY_S:
+            self._listened_at = now
+            self._stop_heard = self._store.check([_STOP])
+        return self._stop_heard
 
     def gather(self, counts: Counts, losses: Sequence[float]) -> list[float] | None:
         """Bring the counts of an evaluation to rank 0 and all losses with them; None on the others."""
@@ -183,7 +201,9 @@ class Ranks:
             return
         self._ended_badly = True
         with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that keeps it
-            self._store.compare_set(_FAILURE, "", json.dumps({"rank": self.rank, **asdict(ending)}))
+            word = json.dumps({"rank": self.rank, **asdict(ending)})
+            self._store.compare_set(_FAILURE, "", word)
+            self._must_be_heard = self._store.get(_FAILURE) == word.encode()
 
     def explain(self, error: Exception) -> Exception:
         """The error itself, or a PeerFailedError where it only says that a connection to another rank was lost."""
@@ -209,6 +229,11 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and not self._ended_badly:
+            told = error.__cause__ if isinstance(error, RunFailedError) else None
+            self.report(diagnose(told or error))
+        if self.is_main and self._must_be_heard:
+            self._wait_until_heard()
         if error is None and not self._ended_badly:
             self.close()
         elif not self.alone and dist.get_backend() == "nccl":
@@ -217,6 +242,17 @@ class Ranks:
             from torch.distributed.distributed_c10d import _abort_process_group
 
             _abort_process_group()
+
+    def _exchange(self, values: Sequence[int], meanwhile: Callable[[], object] | None = None) -> torch.Tensor:
+        """Every rank's values: int64 [ranks, values]."""
+        own = torch.tensor(values)
+        every = [torch.empty_like(own) for _ in range(self.world_size)]
+        work = dist.all_gather(every, own, group=self._host_group, async_op=True)
+        while meanwhile is not None and not work.is_completed():
+            meanwhile()
+            time.sleep(_POLL_S)
+        work.wait()
+        return torch.stack(every)
 
     def _next_key(self, what: str) -> str:
         self._said += 1
@@ -230,15 +266,25 @@ class Ranks:
                 raise found
             time.sleep(_POLL_S)
 
+    def _wait_until_heard(self) -> None:
+        """For the others a little: the store may end with this process, and what it says with it."""
+        until = time.monotonic() + _LAST_WORDS_S
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < until:
+                time.sleep(_POLL_S)
+
     def _failure(self) -> PeerFailedError | None:
         """What the rank that failed first has left word of; None where none has, or it was this one."""
         try:
             if not self._store.check([_FAILURE]):
                 return None
             said = json.loads(self._store.get(_FAILURE))
+            if said["rank"] == self.rank:
+                return None
+            if not self._has_heard:
+                self._has_heard = True
+                self._store.add(_HEARD, 1)
         except RuntimeError:
-            return None
-        if said["rank"] == self.rank:
             return None
         return PeerFailedError(f"rank {said['rank']}: {said['reason']}", said["status"], said["exit_code"])
 
@@ -250,6 +296,8 @@ def _number(name: str) -> int:
     text = os.environ.get(name, "1")
     if not text.isdecimal():
         raise InputError(f"{name}={text} in the environment is not a number; start with torchrun, or unset it")
+    if name == "WORLD_SIZE" and int(text) == 0:
+        raise InputError(f"{name}={text} in the environment names no process; start with torchrun, or unset it")
     return int(text)
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from tagger.batch import Batch
-from tagger.distributed import ALONE, Ranks
+from tagger.distributed import Ranks
 from tagger.errors import InputError, PeerFailedError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,17 @@ class Parallel:
         if self.sharded:
             _shard(model)
         elif not ranks.alone:
-            # Buffers are the same on all ranks between updates by what `settle_buffers` does.
+            # A gradient that a channels-last 1x1 convolution gives has other strides than its weight, which says the
+            # same of the memory; DDP, which compares strides, would warn and copy.
+            for parameter in objective.parameters():
+                if parameter.ndim == 4 and parameter.shape[2:] == (1, 1) and parameter.requires_grad:
+                    parameter.register_hook(  # type: ignore[no-untyped-call]
+                        lambda gradient: gradient.flatten().view(gradient.shape)
+                    )
+            # Buffers are the same on all ranks between updates by what `settle_buffers` does. No static_graph=True: it
+            # needs the very first backward pass to exchange gradients (torch 2.13 asserts otherwise), and a window
+            # begins with `no_sync`. An exchange there alone would round the first window after a resume differently,
+            # which then would not be exact.
             with warnings.catch_warnings():
                 # The newer name of the first option is not in every torch that this runs with.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -139,7 +149,7 @@ class Parallel:
         self, loader: Iterable[tuple[Batch, Any]], stop: Callable[[], bool], image_size: int
     ) -> "ValidationFeed":
         """The batches to score on this rank, and when to stop."""
-        return ValidationFeed(loader, stop, image_size, self.ranks if self.sharded else ALONE)
+        return ValidationFeed(loader, stop, image_size, self.ranks, together=self.sharded)
 
     @torch.no_grad()
     def settle_buffers(self) -> None:
@@ -156,22 +166,29 @@ class ValidationFeed:
     """A rank's batches of an evaluation. Ranks with a sharded model go forward together or not at all.
 
     Their shares may differ by a batch, and broken images may take one away: a rank that has run out goes on with empty
-    batches until all have. `stop()` is what was agreed then; for whole models each rank asks for itself.
+    batches until all have. `stop()` is what was agreed then. With whole models each rank goes on by itself, and hears
+    within a second that another was asked to stop.
     """
 
     def __init__(
-        self, loader: Iterable[tuple[Batch, Any]], stop: Callable[[], bool], image_size: int, ranks: Ranks
+        self,
+        loader: Iterable[tuple[Batch, Any]],
+        stop: Callable[[], bool],
+        image_size: int,
+        ranks: Ranks,
+        *,
+        together: bool,
     ) -> None:
-        self._loader, self._ask, self._ranks = loader, stop, ranks
+        self._loader, self._ask, self._ranks, self._together = loader, stop, ranks, together
         self._filler = (Batch.empty(image_size), None)
         self._stopped = False
 
     def stop(self) -> bool:
         """Whether to leave the evaluation before the next batch."""
-        return self._ask() if self._ranks.alone else self._stopped
+        return self._stopped if self._together else self._ranks.heard_stop(self._ask())
 
     def __iter__(self) -> Iterator[tuple[Batch, Any]]:
-        if self._ranks.alone:
+        if not self._together:
             yield from self._loader
             return
         batches = iter(self._loader)
@@ -188,6 +205,8 @@ def _shard(model: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # No MixedPrecisionPolicy(param_dtype=torch.bfloat16), which would halve what is gathered under autocast: it casts
+    # all parameters of a block, and norms and layer scales, which autocast leaves in float32, would have 8 bits.
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.get_submodule("blocks").children():

@@ -1,7 +1,7 @@
 """Batches grouped into the windows of one update each (gradient accumulation), from any position to the last epoch.
 
 They come from one loader for each phase of the run, which may change inside an epoch: positions count samples, so the
-next loader goes on where the one before it stopped.
+next loader goes on where the one before it stopped. Refuses a loader that gives fewer batches than its plan has.
 """
 
 from bisect import bisect_left
@@ -15,6 +15,7 @@ from typing import Protocol
 from tagger.batch import Batch
 from tagger.data.epoch_order import EpochOrder, EpochRest
 from tagger.data.phases import PhasePlan
+from tagger.errors import DataFailureError
 
 
 class EpochLoader(Protocol):
@@ -136,7 +137,7 @@ def accumulation_windows(feed: Feed, position: Mapping[str, int] | None, first_e
     """The windows of a run up to its last epoch.
 
     `position` lies in `first_epoch`; None starts that epoch from its first batch. What a loader runs in the background
-    ends with its phase.
+    ends with its phase. Raises DataFailureError where a batch is missing, before any of its window is used.
     """
     before: EpochLoader | None = None
     for leg in feed.legs(position, first_epoch):
@@ -152,8 +153,13 @@ def accumulation_windows(feed: Feed, position: Mapping[str, int] | None, first_e
         # Closed here, since a phase may end with batches of its epoch still on their way.
         with closing(iter(loader)) as batches:
             while remaining > 0:
-                taken = list(islice(batches, min(feed.size, remaining)))
-                assert taken, f"the loader ended {remaining} batches early"
+                wanted = min(feed.size, remaining)
+                taken = list(islice(batches, wanted))
+                if len(taken) < wanted:  # other ranks would wait for what this one no longer has
+                    raise DataFailureError(
+                        f"epoch {leg.epoch + 1} is {wanted - len(taken)} batches short: every image of a batch was "
+                        "refused, and its stand-ins too; mend or remove the images that the log names"
+                    )
                 remaining -= len(taken)
                 ends_epoch = leg.ends_epoch and remaining == 0
                 yield Window(tuple(batch for batch, _ in taken), taken[-1][1], leg.epoch, ends_epoch, leg.phase)

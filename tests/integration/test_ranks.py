@@ -1,10 +1,13 @@
 """Two processes train one run: what they learn, save and say is what one process does with the same images."""
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import train_direct
 from tagger.checkpoint.format import read_checkpoint
-from tests.ranked_runs import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -45,7 +46,6 @@ SETTINGS = (
     "monitor.log_every_steps=1",
     "monitor.tensorboard=false",
 )
-INTERRUPTION = {"event": "sigterm while scoring", "of_rank": 1}
 PHASES = "training.phases=[{image_size: 16, share: 0.4}, {image_size: 32}]"
 # Everything that draws random numbers or keeps statistics of its own.
 NOISY = ("model.stem=conv", "model.dropout=0.2", "model.drop_path=0.2", "optimizer.name=muon", "training.num_epochs=1")
@@ -63,9 +63,8 @@ def free_port() -> int:
         return int(asked.getsockname()[1])
 
 
-def run_pair(folder: Path, jobs: list[dict[str, Any]]) -> tuple[list[list[int]], list[str]]:
+def run_pair(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str]]:
     """Two ranks do jobs one after the other; each rank's exit codes, and what it wrote to the console."""
-    folder.mkdir(exist_ok=True)
     file = folder / "jobs.json"
     file.write_text(json.dumps([{"port": free_port(), **job} for job in jobs]), encoding="utf-8")
     codes = [folder / f"codes-{rank}.json" for rank in range(2)]
@@ -86,8 +85,12 @@ def run_pair(folder: Path, jobs: list[dict[str, Any]]) -> tuple[list[list[int]],
     return [json.loads(path.read_text(encoding="utf-8")) for path in codes], said
 
 
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
 def newest(run: Path) -> Path:
-    return sorted((run / "checkpoints").glob("step-*"))[-1]
+    return checkpoints(run)[-1]
 
 
 def scores(run: Path) -> list[dict[str, float]]:
@@ -111,32 +114,57 @@ def assert_same_training(found: Path, expected: Path) -> None:
         assert line.get("val/mAP") == like.get("val/mAP")
 
 
+@dataclass(frozen=True)
+class Done:
+    """What the runs of this file left: their folders, the exit codes of both ranks, and what they said."""
+
+    runs: Path
+    codes: Mapping[str, tuple[int | None, ...]]
+    said: Sequence[str]
+
+
 @pytest.fixture(scope="module")
-def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one rank and the same of two; with random numbers, straight and stopped; one that has just begun."""
+def done(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Every run of this file, made by one pair of processes, whose start takes longer than most of the runs."""
     runs = tmp_path_factory.mktemp("runs")
-    jobs = [
-        {"words": words(images, runs, "ddp", 4)},
-        {"words": words(images, runs, "fsdp", 4, "training.parallel=fsdp")},
-        {"words": words(images, runs, "phases", 4, PHASES)},
-        {"words": words(images, runs, "straight", 4, *NOISY)},
-        {"words": words(images, runs, "stopped", 4, *NOISY), "event": "sigterm", "of_rank": 0, "at_step": 1},
-        {"words": words(images, runs, "stopped", 4, *NOISY, "--resume", "latest")},
-        {"words": words(images, runs, "mixed", 4), "event": "sigterm", "of_rank": 1, "at_step": 1},
-        *(
-            {"words": words(images, runs, f"unscored-{mode}", 4, f"training.parallel={mode}"), **INTERRUPTION}
-            for mode in ("ddp", "fsdp")
-        ),
-    ]
-    assert train_direct.main(words(images, runs, "one", 8)) == 0
-    assert train_direct.main(words(images, runs, "one-phases", 8, PHASES)) == 0
-    codes, said = run_pair(runs / "first", jobs)
-    assert codes == [[0, 0, 0, 0, 143, 0, 143, 143, 143]] * 2, said
-    return runs
+
+    def job(name: str, batch_size: int, *more: str, **what: Any) -> dict[str, Any]:
+        return {"words": words(images, runs, name, batch_size, *more), **what}
+
+    resume, fsdp = ("--resume", "latest"), "training.parallel=fsdp"
+    jobs = {
+        "one": job("one", 8, alone=True),
+        "one-phases": job("one-phases", 8, PHASES, alone=True),
+        "ddp": job("ddp", 4),
+        "fsdp": job("fsdp", 4, fsdp),
+        "phases": job("phases", 4, PHASES),
+        "straight": job("straight", 4, *NOISY),
+        "stopped": job("stopped", 4, *NOISY, event="sigterm", of_rank=0, at_step=1),
+        "stopped, resumed": job("stopped", 4, *NOISY, *resume),
+        "mixed": job("mixed", 4, event="sigterm", of_rank=1, at_step=1),
+        "mixed, one rank": job("mixed", 8, *resume, alone=True, event="sigterm", of_rank=0, at_step=2),
+        "mixed, sharded": job("mixed", 4, *resume, fsdp),
+        # A rank that waits for the other's scores is asked to stop; then one that scores.
+        "unscored-ddp": job("unscored-ddp", 4, event="sigterm once scored", of_rank=1),
+        "unscored-fsdp": job("unscored-fsdp", 4, fsdp, event="sigterm while scoring", of_rank=1),
+        "refused": job("refused", 4, event="refusal", of_rank=1),
+        "memory": job("memory", 4, event="memory", of_rank=1, at_step=2),
+        "memory, again": job("memory", 4),
+        "killed": job("killed", 4, event="sigkill", of_rank=1, at_step=2),
+    }
+    codes, said = run_pair(runs, list(jobs.values()))
+    assert len(codes[0]) == len(jobs), said
+    return Done(runs, dict(zip(jobs, itertools.zip_longest(*codes), strict=True)), said)
+
+
+@pytest.fixture(scope="module")
+def runs(done: Done) -> Path:
+    return done.runs
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one_does(runs: Path, name: str) -> None:
+def test_two_ranks_train_as_one_does(done: Done, runs: Path, name: str) -> None:
+    assert done.codes[name] == (0, 0), done.said
     assert_same_training(runs / name, runs / "one")
     results = json.loads((runs / name / "results.json").read_text(encoding="utf-8"))
     alone = json.loads((runs / "one" / "results.json").read_text(encoding="utf-8"))
@@ -152,7 +180,8 @@ def test_phases_are_those_of_one_rank(runs: Path) -> None:
     assert_same_training(runs / "phases", runs / "one-phases")
 
 
-def test_a_resume_with_the_same_ranks_is_exact(runs: Path) -> None:
+def test_a_resume_with_the_same_ranks_is_exact(done: Done, runs: Path) -> None:
+    assert done.codes["stopped"] == (143, 143), done.said
     straight, stopped = (read_checkpoint(newest(runs / name)) for name in ("straight", "stopped"))
     assert straight.step == stopped.step > 1
     assert any("running_mean" in name for name in straight.tensors["model"])
@@ -162,49 +191,39 @@ def test_a_resume_with_the_same_ranks_is_exact(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_signal_to_one_rank_leaves_a_validation_to_the_next_start(runs: Path, mode: str) -> None:
+def test_a_signal_to_one_rank_leaves_a_validation_to_the_next_start(done: Done, runs: Path, mode: str) -> None:
+    assert done.codes[f"unscored-{mode}"] == (143, 143), done.said
     saved = read_checkpoint(newest(runs / f"unscored-{mode}"))
     assert (saved.step, saved.state["extra"]["owed_validation"]) == (2, 0)  # type: ignore[index,call-overload]
     results = json.loads((runs / f"unscored-{mode}" / "results.json").read_text(encoding="utf-8"))
     assert (results["status"], results["error"]) == ("stopped", "SIGTERM")
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(runs: Path, images: Path) -> None:
-    run = runs / "mixed"
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    assert (results["status"], results["exit_code"], results["error"]) == ("stopped", 143, "SIGTERM")
-    stopped_at = read_checkpoint(newest(run)).step
-    assert stopped_at == 2
-    resume = ("--resume", "latest")
-    job = {"words": words(images, runs, "mixed", 8, *resume), "event": "sigterm", "of_rank": 0, "at_step": 3}
-    assert run_job(job, 0) == 143
-    assert read_checkpoint(newest(run)).step == 4
-    codes, said = run_pair(
-        runs / "second", [{"words": words(images, runs, "mixed", 4, *resume, "training.parallel=fsdp")}]
-    )
-    assert codes == [[0]] * 2, said
-    assert_same_training(run, runs / "one")
+def test_a_run_goes_on_with_any_number_of_ranks(done: Done, runs: Path) -> None:
+    starts = [codes for name, codes in done.codes.items() if name.startswith("mixed")]
+    assert starts == [(143, 143), (143, 0), (0, 0)], done.said
+    assert [read_checkpoint(path).step for path in checkpoints(runs / "mixed")] == [2, 3, 4]
+    assert_same_training(runs / "mixed", runs / "one")
 
 
-def test_a_rank_that_fails_ends_all_with_its_reason(images: Path, tmp_path: Path) -> None:
-    jobs = [
-        {"words": words(images, tmp_path, "refused", 4), "event": "refusal", "of_rank": 1},
-        {"words": words(images, tmp_path, "memory", 4), "event": "memory", "of_rank": 1, "at_step": 2},
-    ]
-    codes, said = run_pair(tmp_path / "pair", jobs)
-    assert codes == [[2, 5]] * 2, said
-    assert not (tmp_path / "refused").exists()
-    assert "rank 1: error: this machine lacks the images" in said[1]
-    results = json.loads((tmp_path / "memory" / "results.json").read_text(encoding="utf-8"))
+def test_a_rank_that_fails_ends_all_with_its_reason(done: Done, runs: Path) -> None:
+    assert done.codes["refused"] == (2, 2), done.said
+    assert not (runs / "refused").exists()
+    assert "rank 1: error: this machine lacks the images" in done.said[1]
+    assert done.codes["memory"] == (5, 5), done.said
+    results = json.loads((runs / "memory" / "results.json").read_text(encoding="utf-8"))
     assert (results["status"], results["exit_code"]) == ("failed", 5)
     assert results["error"].startswith("rank 1: out of memory")
     assert "of step 2: go on from it with --resume latest" in results["error"]
-    assert read_checkpoint(newest(tmp_path / "memory")).step == 2
+    assert read_checkpoint(newest(runs / "memory")).step == 2
 
 
-def test_a_rank_that_is_killed_ends_the_others(images: Path, tmp_path: Path) -> None:
-    job = {"words": words(images, tmp_path, "killed", 4), "event": "sigkill", "of_rank": 1, "at_step": 2}
-    codes, said = run_pair(tmp_path / "pair", [job])
-    assert codes == [[1], []], said
-    assert "another rank ended without a word" in said[0]
-    assert read_checkpoint(newest(tmp_path / "killed")).step == 2
+def test_a_folder_that_rank_0_refuses_ends_all(done: Done) -> None:
+    assert done.codes["memory, again"] == (2, 2), done.said
+    assert "memory already exists" in done.said[0]
+
+
+def test_a_rank_that_is_killed_ends_the_others(done: Done, runs: Path) -> None:
+    assert done.codes["killed"] == (1, None), done.said
+    assert "another rank ended without a word" in done.said[0]
+    assert read_checkpoint(newest(runs / "killed")).step == 2

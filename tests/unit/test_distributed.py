@@ -1,9 +1,11 @@
 """One process is a group of one that waits for nobody; an environment that names a group must name it whole."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from evaluation_metrics import MetricComputer
@@ -11,9 +13,10 @@ from tagger.batch import Batch
 from tagger.data.prefetch import num_cores
 from tagger.distributed import ALONE, Agreed, Ranks
 from tagger.endings import Ending, diagnose
-from tagger.errors import InputError, PeerFailedError
+from tagger.errors import InputError, PeerFailedError, RunFailedError
 from tagger.parallel import Parallel, ValidationFeed, require_shardable
 from tagger.sharding import is_sharded, like, whole
+from tagger.tokens import ConvStem
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -22,6 +25,16 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A gloo group that this process is the whole of."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [None, "1"])
@@ -40,6 +53,9 @@ def test_half_an_environment_is_refused_with_the_command_to_use(monkeypatch: pyt
         Ranks.join("cpu")
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(InputError, match="WORLD_SIZE=many"):
+        Ranks.join("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    with pytest.raises(InputError, match="WORLD_SIZE=0 in the environment names no process; start with torchrun"):
         Ranks.join("cpu")
 
 
@@ -84,6 +100,10 @@ class Told:
         if self.values.get(key, "") == expected:
             self.values[key] = desired
 
+    def add(self, key: str, amount: int) -> int:
+        self.values[key] = str(int(self.values.get(key, "0")) + amount)
+        return int(self.values[key])
+
 
 def test_the_first_rank_to_fail_is_the_reason_of_all() -> None:
     store = Told()
@@ -99,6 +119,36 @@ def test_the_first_rank_to_fail_is_the_reason_of_all() -> None:
     assert ranks[0].explain(own) is own
     with pytest.raises(PeerFailedError, match="rank 2: out of memory"):
         ranks[1].broadcast(None)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (InputError("runs/mine already exists"), Ending("failed", 2, "rank 0: runs/mine already exists")),
+        (RunFailedError("no room", 6), Ending("failed", 5, "rank 0: out of memory")),
+    ],
+)
+def test_an_error_that_nobody_has_told_of_is_told_on_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: Ending
+) -> None:
+    waits: list[float] = []
+    store = Told()
+    main, other = Ranks(0, 2, store), Ranks(1, 2, store)
+
+    def listen(seconds: float) -> None:
+        waits.append(seconds)
+        assert diagnose(other.explain(RuntimeError("gloo: closed"))).reason is not None
+
+    monkeypatch.setattr("tagger.distributed.time.sleep", listen)
+    if isinstance(error, RunFailedError):
+        error.__cause__ = MemoryError("full")
+    with pytest.raises(type(error)), main:
+        raise error
+    assert len(waits) == 1, "rank 0 stays until the others have heard, and no longer"
+    found = diagnose(other.explain(RuntimeError("gloo: closed")))
+    assert (found.status, found.exit_code) == (expected.status, expected.exit_code)
+    assert found.reason is not None and expected.reason is not None and found.reason.startswith(expected.reason)
 
 
 def test_what_rank_0_says_reaches_every_rank_in_order() -> None:
@@ -151,6 +201,21 @@ def test_one_process_is_wrapped_in_nothing() -> None:
     assert whole(model[0].weight) is model[0].weight and like(model[1].weight, model[0].weight) is model[1].weight
 
 
+@pytest.mark.usefixtures("group_of_one")
+def test_the_convolutional_stem_gives_gradients_as_ddp_wants_them(recwarn: pytest.WarningsRecorder) -> None:
+    stem = ConvStem(4, 16)
+    parallel = Parallel(stem, stem, Ranks(0, 2, None), "ddp")
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for is_last in (False, True, True):
+            with parallel.batch(is_last=is_last):
+                parallel.objective(torch.rand(2, 3, 16, 16)).sum().backward()
+    finally:
+        torch.set_warn_always(before)
+    assert not [str(each.message) for each in recwarn if "strides" in str(each.message)]
+
+
 class Scripted(Ranks):
     """A rank whose exchanges are answered from a list: how many ranks have a batch, whether one is to stop."""
 
@@ -166,7 +231,7 @@ class Scripted(Ranks):
 
 def test_a_rank_that_has_run_out_of_images_goes_on_with_empty_batches() -> None:
     one = (Batch.empty(8), {"samples": 1})
-    feed = ValidationFeed([one], lambda: False, 8, Scripted([(2, 0), (1, 0), (0, 0)]))
+    feed = ValidationFeed([one], lambda: False, 8, Scripted([(2, 0), (1, 0), (0, 0)]), together=True)
     batches = list(feed)
     assert len(batches) == 2 and batches[0] is one
     assert len(batches[1][0]) == 0 and batches[1][0].images.shape == (0, 3, 8, 8)
@@ -174,14 +239,28 @@ def test_a_rank_that_has_run_out_of_images_goes_on_with_empty_batches() -> None:
 
 
 def test_ranks_of_a_sharded_model_stop_before_the_same_batch() -> None:
-    feed = ValidationFeed([(Batch.empty(8), None)] * 3, lambda: False, 8, Scripted([(2, 0), (2, 1)]))
+    feed = ValidationFeed([(Batch.empty(8), None)] * 3, lambda: False, 8, Scripted([(2, 0), (2, 1)]), together=True)
     seen = 0
     for _ in feed:
         if feed.stop():
             break
         seen += 1
     assert seen == 1
-    assert ValidationFeed([], lambda: True, 8, ALONE).stop()
+    assert ValidationFeed([], lambda: True, 8, ALONE, together=False).stop()
+
+
+def test_ranks_with_whole_models_hear_that_another_was_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked, store = [0.0], [False, False], Told()
+    monkeypatch.setattr("tagger.distributed.time.monotonic", lambda: now[0])
+    one, other = (
+        ValidationFeed([], lambda rank=rank: asked[rank], 8, Ranks(rank, 2, store), together=False)  # type: ignore[misc]
+        for rank in range(2)
+    )
+    assert not one.stop() and not other.stop()
+    asked[1] = True
+    assert other.stop() and not one.stop()
+    now[0] = 1.0
+    assert one.stop()
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

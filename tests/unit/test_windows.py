@@ -15,6 +15,7 @@ from tagger.data.phases import PhasePlan
 from tagger.data.position import Position, PositionError
 from tagger.data.sampler import RowSampler
 from tagger.data.windows import Feed, Window, accumulation_windows
+from tagger.errors import DataFailureError
 from tagger.preprocess import Preprocess
 
 SQUARE = (8, 8)
@@ -225,3 +226,21 @@ def test_ranks_change_phase_at_the_same_update_and_count_the_images_of_all() -> 
 def test_what_is_no_position_is_refused_by_the_loader() -> None:
     with pytest.raises(PositionError, match="not a position of a loader"):
         next(accumulation_windows(feed_of([plain(8, 2), plain(8, 2)], [0.5, 0.5], 4, 1), {"epoch": 0}, 0))
+
+
+class MissesOne(MemoryLoader):
+    """Every image of its second batch is refused."""
+
+    def __iter__(self) -> Generator[tuple[Batch, Position], None, None]:
+        for number, found in enumerate(super().__iter__()):
+            if number != 1:
+                yield found
+
+
+def test_a_batch_that_is_missing_is_an_error_before_its_window_is_used() -> None:
+    loader = MissesOne(plain(40, 4).order.plan)
+    windows = accumulation_windows(feed_of([loader], [1.0], 1, 3), None, 0)
+    seen = [next(windows), next(windows), next(windows)]
+    assert [len(window.batches) for window in seen] == [3, 3, 3]
+    with pytest.raises(DataFailureError, match="epoch 1 is 1 batches short: every image of a batch was refused"):
+        next(windows)
