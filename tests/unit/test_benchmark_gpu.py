@@ -1,5 +1,6 @@
 """The benchmark for a GPU measures what it says, on a CPU and the smallest shapes; figures are not judged."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -99,9 +100,47 @@ def test_a_section_that_fails_is_named_and_keeps_what_it_measured(
     output = tmp_path / "gpu.json"
     assert benchmark_gpu.main(["--cpu", "--sections", "loss", "ceilings", "--output", str(output)], TINY) == 1
     sections = orjson.loads(output.read_bytes())["sections"]
-    assert sections["loss"]["failure"] == "RuntimeError: CUDA error: an example"
+    failure = sections["loss"]["failure"]
+    assert failure.startswith("RuntimeError: CUDA error: an example (test_benchmark_gpu.py, line ")
     assert [figure["name"] for figure in sections["loss"]["figures"]] == ["before"]
     assert sections["ceilings"]["failure"] is None
+
+
+@pytest.mark.parametrize("error", [KeyError("a name"), AssertionError(), TypeError("no such argument"), IndexError(3)])
+def test_any_error_ends_its_section_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def breaking(_: Bench) -> Iterator[Figure]:
+        yield Figure("before", 1.0)
+        raise error
+
+    monkeypatch.setitem(benchmark_gpu.SECTIONS, "loss", breaking)
+    output = tmp_path / "gpu.json"
+    assert benchmark_gpu.main(["--cpu", "--sections", "loss", "ceilings", "--output", str(output)], TINY) == 1
+    assert f"loss broke off: {type(error).__name__}: " in capsys.readouterr().out
+    sections = orjson.loads(output.read_bytes())["sections"]
+    assert sections["loss"]["failure"].startswith(type(error).__name__) and sections["ceilings"]["failure"] is None
+
+
+def test_what_ends_the_process_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ending(_: Bench) -> Iterator[Figure]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(benchmark_gpu.SECTIONS, "loss", ending)
+    output = tmp_path / "gpu.json"
+    with contextlib.suppress(KeyboardInterrupt):
+        benchmark_gpu.main(["--cpu", "--sections", "ceilings", "loss", "--output", str(output)], TINY)
+    assert list(orjson.loads(output.read_bytes())["sections"]) == ["ceilings"]
+
+
+def test_a_device_that_cannot_be_tidied_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    bench = Bench(CPU, TINY)
+    monkeypatch.setattr(bench, "release", breaking)
+    outcome = benchmark_gpu.run_section(lambda _: iter([Figure("one", 1.0)]), bench)
+    assert outcome.failure is not None and "device-side assert" in outcome.failure and len(outcome.figures) == 1
 
 
 def test_no_measurement_begins_after_the_time_is_over() -> None:
