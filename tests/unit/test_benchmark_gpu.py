@@ -15,14 +15,25 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from Configuration_System import ModelSection
+from Configuration_System import ModelSection, load_config
 from model_architecture import create_model
 from scripts import benchmark_gpu
 from scripts.figures import Figure
 from scripts.gpu_bench import kernels, steps
-from scripts.gpu_bench.bench import CPU_SCALE, Bench, OutOfTimeError, Scale, StepCase, saved_bytes
+from scripts.gpu_bench.bench import (
+    CPU_SCALE,
+    GPU_SCALE,
+    LARGE_MODEL,
+    LARGE_OPTIMIZER,
+    Bench,
+    OutOfTimeError,
+    Scale,
+    StepCase,
+    saved_bytes,
+)
 from scripts.gpu_bench.flops import forward_flops, training_flops
-from scripts.gpu_bench.steps import OperatorCounter, train_steps
+from scripts.gpu_bench.steps import OperatorCounter, OurStep, new_shape_figure, noise_batch, train_steps
+from training_utils import create_optimizer
 
 _SMALL = ModelSection(preset="vit_tiny", depth=1, embed_dim=48)
 TINY = dataclasses.replace(
@@ -87,6 +98,30 @@ def test_with_timm_its_network_takes_turns_with_ours(monkeypatch: pytest.MonkeyP
     assert 0 < rows["step tiny@32 B=2: timm eager / ours"].value < math.inf
     assert "on a GPU alone" in rows["step tiny@32 B=2: timm compiled / ours"].note
     assert asked["name"] == "vit_tiny_patch16_224" and asked["img_size"] == 32 and asked["num_classes"] == 50
+
+
+def test_the_large_recipe_is_a_case_as_it_stands() -> None:
+    config = load_config(Path(__file__).resolve().parents[2] / "configs" / "vit_l_448.yaml", environment={})
+    (case,) = [case for case in GPU_SCALE.steps if case.as_recipe]
+    assert case.model == config.model and case.optimizer == config.optimizer
+    assert case.image_size in [phase.image_size for phase in config.training.phases]
+
+
+def test_a_recipe_is_measured_with_its_own_optimizer_and_a_new_shape() -> None:
+    model = dataclasses.replace(LARGE_MODEL, preset="vit_tiny", depth=3, embed_dim=48)
+    case = StepCase("own@32", model, 32, 2, optimizer=LARGE_OPTIMIZER, as_recipe=True)
+    bench = Bench(CPU, dataclasses.replace(TINY, steps=(case,)))
+    found = {figure.name: figure for figure in train_steps(bench)}
+    assert not any("timm" in name for name in found)
+    assert found["step own@32 B=2: to compile a new batch shape"].note == "not compiled here"
+    ours = OurStep(bench, case)
+    assert type(ours.optimizer) is type(create_optimizer(LARGE_OPTIMIZER, ours.model))
+    torch._dynamo.reset()
+    for block in ours.model.blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
+    ours(noise_batch(bench, 2, 32, 32))
+    figure = new_shape_figure(bench, "step", case, ours)
+    assert figure.note == "1 graph" and figure.value > 0
 
 
 def test_a_section_that_fails_is_named_and_keeps_what_it_measured(
