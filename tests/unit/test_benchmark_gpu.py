@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from scripts.gpu_bench.bench import (
     saved_bytes,
 )
 from scripts.gpu_bench.flops import forward_flops, training_flops
+from scripts.gpu_bench.kernels import attention_figure
 from scripts.gpu_bench.steps import OperatorCounter, OurStep, new_shape_figure, noise_batch, train_steps
+from tagger.layers import Attention
 from training_utils import create_optimizer
 
 _SMALL = ModelSection(preset="vit_tiny", depth=1, embed_dim=48)
@@ -235,6 +238,20 @@ def test_what_a_gpu_alone_measures_is_measured_against_its_goals(as_gpu: CpuAsGp
     assert "cudnn" not in found["attention, 16 tokens, head 64: pinned / matmul"].note
     judged = [figure for figure in found.values() if figure.reached is not None]
     assert len(judged) >= 10
+
+
+def test_attention_is_measured_in_the_layout_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[tuple[int, ...], ...]] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*inputs: torch.Tensor, **settings: typing.Any) -> torch.Tensor:
+        seen.append(tuple((tuple(each.shape), each.stride(), each.storage_offset()) for each in inputs))
+        return plain(*inputs, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    Attention(24, 3, qk_norm=False, dropout=0.0)(torch.randn(2, 5, 24), None)
+    attention_figure(Bench(CPU, TINY), "attention", (2, 3, 5, 8))
+    assert len(seen) > 2 and len(set(seen)) == 1
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])
