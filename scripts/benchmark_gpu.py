@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,20 +58,27 @@ class Outcome:
     failure: str | None
 
 
+class SectionError(Exception):
+    """Any error of a section, in a line."""
+
+
 def run_section(section: Section, bench: Bench) -> Outcome:
     """Measure, keeping what was measured before a failure; whatever it is, the next section may still be measured."""
     figures: list[Figure] = []
     started, failure = time.perf_counter(), None
-    try:
-        for each in section(bench):
-            figures.append(each)
-    except Exception as error:
-        failure = _in_a_line(error)
-    try:
-        bench.release()
-    except Exception as error:  # a fault of the device comes back from every call
-        failure = failure or _in_a_line(error)
+    for part in (lambda: figures.extend(section(bench)), bench.release):
+        try:
+            _run(part)
+        except SectionError as error:  # a fault of the device comes back as memory is given back: the first one counts
+            failure = failure or str(error)
     return Outcome(figures, time.perf_counter() - started, failure)
+
+
+def _run(part: Callable[[], None]) -> None:
+    try:
+        part()
+    except Exception as error:
+        raise SectionError(_in_a_line(error)) from error
 
 
 def _in_a_line(error: Exception) -> str:
