@@ -254,10 +254,11 @@ def test_attention_is_measured_in_the_layout_of_the_model(monkeypatch: pytest.Mo
     assert len(seen) > 2 and len(set(seen)) == 1
 
 
+@pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
-def test_matrix_products_counted_are_those_of_the_formula(pooling: str, size: tuple[int, int]) -> None:
-    section = dataclasses.replace(_SMALL, pooling=pooling, depth=2)
+def test_matrix_products_counted_are_those_of_the_formula(registers: int, pooling: str, size: tuple[int, int]) -> None:
+    section = dataclasses.replace(_SMALL, pooling=pooling, depth=2, register_tokens=registers)
     model = create_model(section, num_tags=7, image_size=64).eval()
     images = torch.zeros(3, 3, *size, dtype=torch.uint8)
     model(images)  # positions of another grid are worked out once
