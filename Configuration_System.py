@@ -20,6 +20,7 @@ from tagger.config_checks import (
     POSITIVE,
     SHARE,
     Section,
+    check_strength,
     existing_files,
     existing_folder,
     phase_settings,
@@ -176,6 +177,7 @@ class AugmentSection:
             if operation is not None:
                 FRACTION.check(f"augment.{name}.probability", operation.probability)
                 NOT_NEGATIVE.check(f"augment.{name}.strength", operation.strength)
+                check_strength(name, operation.strength)
 
 
 @dataclass

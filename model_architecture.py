@@ -29,7 +29,7 @@ from Configuration_System import ModelSection
 from tagger.attention import AttentionShape, pinned_attention
 from tagger.config_io import ConfigError
 from tagger.devices import product_dtype
-from tagger.layers import NORM_EPS, Attention, DropPath, LayerScale, Mlp
+from tagger.layers import NORM_EPS, Attention, LayerScale, Mlp, StochasticDepth
 from tagger.registry import Registry
 from tagger.rotary import RotaryTable, Rotation, rotation_of
 from tagger.tokens import (
@@ -233,7 +233,6 @@ class TransformerBlock(nn.Module):
         *,
         qk_norm: bool = False,
         layer_scale_init: float | None = None,
-        drop_path: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -243,15 +242,27 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), dropout=dropout)
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(embed_dim, layer_scale_init)
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tensor, key_mask: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        key_mask: Tensor | None = None,
+        rotation: Rotation | None = None,
+        branch_factors: Tensor | None = None,
+    ) -> Tensor:
         """[B, N, D] -> [B, N, D]; `key_mask` bool [B, 1, 1, N], True where a token may be attended to.
 
-        `rotation` turns queries and keys by their tokens' positions (`tagger.rotary`).
+        `rotation` turns queries and keys by their tokens' positions (`tagger.rotary`); `branch_factors` [2, B, 1, 1]
+        multiply what attention and MLP add (`StochasticDepth`).
         """
-        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens), key_mask, rotation)))
-        out: Tensor = tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
+        attended = self.ls1(self.attn(self.norm1(tokens), key_mask, rotation))
+        if branch_factors is not None:
+            attended = attended * branch_factors[0].to(attended.dtype)
+        tokens = tokens + attended
+        mapped = self.ls2(self.mlp(self.norm2(tokens)))
+        if branch_factors is not None:
+            mapped = mapped * branch_factors[1].to(mapped.dtype)
+        out: Tensor = tokens + mapped
         return out
 
 
@@ -289,11 +300,11 @@ class SimplifiedTagger(nn.Module):
                 config.mlp_ratio,
                 qk_norm=config.qk_norm,
                 layer_scale_init=config.layer_scale_init,
-                drop_path=config.drop_path * index / max(1, config.depth - 1),
                 dropout=config.dropout,
             )
-            for index in range(config.depth)
+            for _ in range(config.depth)
         )
+        self.drop_path = StochasticDepth(config.drop_path, config.depth)
         self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
         self.head = nn.Linear(config.embed_dim, config.num_tags)
         self._num_prefix_tokens = config.register_tokens + (self.cls_token is not None)
@@ -399,8 +410,8 @@ class SimplifiedTagger(nn.Module):
         if token_mask is not None:
             key_mask = F.pad(token_mask, (self._num_prefix_tokens, 0), value=True)[:, None, None, :]
         with pinned_attention(self._attention_shape(tokens, key_mask), tokens.device):
-            for block in self.blocks:
-                tokens = block(tokens, key_mask, rotation)
+            for block, factors in zip(self.blocks, self.drop_path(tokens), strict=True):
+                tokens = block(tokens, key_mask, rotation, factors)
         return self._pool(self.norm(tokens), token_mask)
 
     def _attention_shape(self, tokens: Tensor, key_mask: Tensor | None) -> AttentionShape:

@@ -2,7 +2,8 @@
 
 Ceilings, attention by backend, the loss, whole steps beside timm's, aspect buckets, the optimizers, a save's stall, the
 loader and an evaluation. With --cpu the same code measures small stand-ins, and what can be counted in place of timed:
-saved bytes, operators, host reads, token fill. A section that fails is named, and the others go on.
+saved bytes, operators, host reads, token fill. A section that fails is named, and the others go on; the JSON is written
+after each.
 """
 
 import dataclasses
@@ -11,8 +12,10 @@ import importlib.util
 import platform
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -44,8 +47,6 @@ SECTIONS: dict[str, Section] = {
     "layouts": layouts,
     "loader": loader,
 }
-# What a section can fail with on a machine that lacks something; anything else is a fault of the program.
-_FAILURES = (RuntimeError, ValueError, OSError, ImportError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +58,35 @@ class Outcome:
     failure: str | None
 
 
+class SectionError(Exception):
+    """Any error of a section, in a line."""
+
+
 def run_section(section: Section, bench: Bench) -> Outcome:
-    """Measure, keeping what was measured before a failure."""
+    """Measure, keeping what was measured before a failure; whatever it is, the next section may still be measured."""
     figures: list[Figure] = []
     started, failure = time.perf_counter(), None
-    try:
-        for each in section(bench):
-            figures.append(each)
-    except _FAILURES as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        failure = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    bench.release()
+    for part in (lambda: figures.extend(section(bench)), bench.release):
+        try:
+            _run(part)
+        except SectionError as error:  # a fault of the device comes back as memory is given back: the first one counts
+            failure = failure or str(error)
     return Outcome(figures, time.perf_counter() - started, failure)
+
+
+def _run(part: Callable[[], None]) -> None:
+    try:
+        part()
+    except Exception as error:
+        raise SectionError(_in_a_line(error)) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """The last line of its traceback (of a longer message the first line), and where it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{what} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def describe_machine(device: torch.device) -> dict[str, str | None]:
@@ -85,15 +103,20 @@ def describe_machine(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def measure(bench: Bench, names: Sequence[str], console: Console) -> dict[str, Outcome]:
+def measure(bench: Bench, names: Sequence[str], console: Console) -> Iterator[tuple[str, Outcome]]:
     """Run sections one after the other, with a table after each."""
-    outcomes = {}
     for name in names:
-        outcome = outcomes[name] = run_section(SECTIONS[name], bench)
+        outcome = run_section(SECTIONS[name], bench)
         console.print(figures_table(outcome.figures, f"{name}, {outcome.seconds:.0f} s"))
         if outcome.failure is not None:
             console.print(f"{name} broke off: {outcome.failure}", style="red", markup=False)
-    return outcomes
+        yield name, outcome
+
+
+def as_json(outcome: Outcome) -> dict[str, object]:
+    """What is written of a section."""
+    figures = [{**dataclasses.asdict(each), "reached": each.reached} for each in outcome.figures]
+    return {"seconds": outcome.seconds, "failure": outcome.failure, "figures": figures}
 
 
 @command()
@@ -115,18 +138,14 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     machine = describe_machine(device)
     console = Console(width=140)
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), markup=False)
-    outcomes = measure(bench, options.sections, console)
-    if options.output is not None:
-        found = {
-            name: {
-                "seconds": outcome.seconds,
-                "failure": outcome.failure,
-                "figures": [{**dataclasses.asdict(each), "reached": each.reached} for each in outcome.figures],
-            }
-            for name, outcome in outcomes.items()
-        }
-        write_json(options.output, {"format_version": 1, "machine": machine, "sections": found})
-    return int(any(outcome.failure is not None for outcome in outcomes.values()))
+    found: dict[str, Outcome] = {}
+    for name, outcome in measure(bench, options.sections, console):
+        found[name] = outcome
+        if options.output is not None:
+            # After each, so that what ends the process leaves what was measured before.
+            sections = {each: as_json(measured) for each, measured in found.items()}
+            write_json(options.output, {"format_version": 1, "machine": machine, "sections": sections})
+    return int(any(outcome.failure is not None for outcome in found.values()))
 
 
 if __name__ == "__main__":

@@ -62,12 +62,12 @@ def time_backend(shape: AttentionShape, backend: SDPBackend, device: torch.devic
         packed = torch.randn(sizes, dtype=shape.dtype, device=device, generator=generator, requires_grad=shape.trains)
         mask = torch.ones(images, 1, 1, shape.tokens, dtype=torch.bool, device=device) if shape.masked else None
         with sdpa_kernel(backend):
-            _attend(packed, mask)  # the first call builds plans
+            attend_packed(packed, mask)  # the first call builds plans
             for _ in range(_ROUNDS):
                 _wait_for(device)
                 begun = time.perf_counter()
                 for _ in range(_TIMED_RUNS):
-                    _attend(packed, mask)
+                    attend_packed(packed, mask)
                 _wait_for(device)
                 best = min(best, (time.perf_counter() - begun) / _TIMED_RUNS)
     return best
@@ -78,8 +78,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _attend(packed: Tensor, mask: Tensor | None) -> None:
-    # Laid out as the model's own queries, keys and values, since copies count too.
+def attend_packed(packed: Tensor, mask: Tensor | None = None) -> None:
+    """Attention of queries, keys and values [B, N, 3, H, d] where the model has them, since copies count too.
+
+    With its backward pass where `packed` requires a gradient.
+    """
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     if packed.requires_grad:

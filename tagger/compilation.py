@@ -13,9 +13,9 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 CompileMode = Literal["auto", "on", "off"]
-# A block is compiled anew for each batch shape (up to 21 with aspect buckets, each with a smaller last batch in
-# evaluation), for training and evaluation, and for each value that it holds as a plain number; past torch's limit of 8
-# a block compiled with fullgraph=True fails.
+# Blocks alike share what is compiled, anew for each batch shape (up to 21 with aspect buckets, each with a smaller last
+# batch in evaluation) and for training and evaluation; past torch's limit of 8 a block compiled with fullgraph=True
+# fails.
 _VARIANTS_PER_BLOCK = 128
 
 

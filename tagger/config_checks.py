@@ -13,6 +13,20 @@ from tagger.config_io import ConfigError
 
 CALIB_STARTS_AT = 0.5  # of the numbers 0..1 that a split deals out: validation grows up from 0, test down from 1
 
+# augmentation -> (greatest strength, its unit or what is usual)
+AUGMENT_LIMITS = {
+    "rotation": (180.0, "degrees"),
+    "shift": (1.0, "share of the side"),
+    "scale": (2.0, "logarithm of the factor"),
+    "brightness": (1.0, "change of the factor 1"),
+    "contrast": (1.0, "change of the factor 1"),
+    "saturation": (1.0, "change of the factor 1"),
+    "blur": (32.0, "standard deviation in pixels"),
+    "erasing": (1.0, "share of the area"),
+    # From there on every image is half of another.
+    "mixup": (100.0, "a of Beta(a, a), 1 is usual"),
+}
+
 
 def require(condition: bool, found: str, remedy: str) -> None:
     """Raise ConfigError "<found>; <remedy>" unless `condition` holds."""
@@ -175,3 +189,10 @@ def threshold_goal(objective: str, precision: float, tags_per_image: float | Non
         f"validation.threshold_objective={objective} with validation.threshold_tags_per_image={tags_per_image}",
         "tags_per_image needs a number, e.g. 20, and the other objectives take null",
     )
+
+
+def check_strength(name: str, strength: float) -> None:
+    """The augmentation `name` may be as strong."""
+    limit, unit = AUGMENT_LIMITS[name]
+    found = f"augment.{name}.strength={strength} is above {limit:g} ({unit})"
+    require(strength <= limit, found, "use a smaller one")

@@ -289,6 +289,9 @@ def _mismatch(key: str, value: Any, hint: Any) -> str:
 
 
 def _nearest(key: str, known: set[str]) -> str:
+    before, colon, _ = key.partition(":")
+    if colon:  # YAML reads "a:1" as a name
+        return f"; a space must follow the colon, as in {before.rpartition('.')[2]}: ..."
     leaves = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6) or sorted(leaves)[:1]
     return f"; did you mean '{close[0]}'?" if close else "; 'python Configuration_System.py show FILE' lists them all"

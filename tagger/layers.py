@@ -3,6 +3,8 @@
 Refuses nothing: the model has checked sizes before it builds them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,19 +69,31 @@ class LayerScale(nn.Module):
         return scaled
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the branch for whole samples and scales it up for the rest (same mean)."""
+class StochasticDepth(nn.Module):
+    """Which samples' residual branches count in training: drawn for all blocks at once, outside of them.
 
-    def __init__(self, rate: float) -> None:
+    A block that knew its own rate would be compiled by itself; so all blocks are one compiled graph. `rate` is that of
+    the last block, and those before it fall linearly to 0 for the first.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float, depth: int) -> None:
         super().__init__()
         self.rate = rate
+        kept = 1.0 - torch.linspace(0.0, rate, depth)
+        self.register_buffer("keep", kept.reshape(depth, 1, 1, 1, 1), persistent=False)
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Sequence[Tensor | None]:
+        """For each block the factors [2, B, 1, 1] of its two branches, of mean 1: 0 where the branch is dropped.
+
+        None for every block where none is. `tokens` are [B, N, D].
+        """
+        depth = self.keep.shape[0]
         if not self.training or self.rate == 0.0:
-            return branch
-        keep = 1.0 - self.rate
-        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
-        return branch * (kept.to(branch.dtype) / keep)
+            return [None] * depth
+        drawn = torch.rand(depth, 2, tokens.shape[0], 1, 1, device=tokens.device)
+        return ((drawn < self.keep) / self.keep).unbind()
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3g}"

@@ -26,8 +26,10 @@ def tag_coordinates(tag_indices: Tensor, tag_offsets: Tensor, num_rows: int, num
         _check_values(tag_indices, tag_offsets, num_tags)
     positions = torch.arange(len(tag_indices), dtype=tag_offsets.dtype, device=tag_offsets.device)
     rows = torch.searchsorted(tag_offsets[1:].contiguous(), positions, right=True)
-    # A negative index would count from the end instead of failing, so it is sent out of bounds too.
-    columns = torch.where(tag_indices < 0, num_tags, tag_indices.long())
+    # One place out of bounds for every wrong index: a negative one would count from the end instead of failing, and one
+    # far above would be a tag of a later row where rows and columns are packed into one number.
+    wrong = (tag_indices < 0) | (tag_indices >= num_tags)
+    columns = torch.where(wrong, num_tags, tag_indices.long())
     return rows, columns
 
 

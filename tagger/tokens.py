@@ -157,11 +157,12 @@ def draw_kept_tokens(tokens: Tensor, share: float, mask: Tensor | None) -> Tenso
 def content_mask(valid_sizes: Tensor, height: int, width: int, cell: int = 1) -> Tensor:
     """Which cells of `cell` pixels a side hold any image content, for content centred in [height, width] pixels.
 
-    `valid_sizes` [B, 2] are the (h, w) of the content in pixels; returns bool [B, height / cell, width / cell].
+    `valid_sizes` [B, 2] are the (h, w) of the content in pixels; returns bool [B, height / cell, width / cell]. A side
+    of 0 counts as 1: attention and mean over no cell would be NaN.
     """
 
     def along(axis: int, length: int) -> Tensor:
-        size = valid_sizes[:, axis : axis + 1].to(torch.int64)
+        size = valid_sizes[:, axis : axis + 1].to(torch.int64).clamp(min=1)
         first = torch.div(length - size, 2, rounding_mode="floor")
         start = torch.arange(0, length, cell, device=valid_sizes.device)
         return (start < first + size) & (start + cell > first)

@@ -3,19 +3,20 @@
 Times are taken by turns in one process, so that a ratio holds where the machine's speed drifts.
 """
 
+import dataclasses
 import gc
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from Configuration_System import ModelSection
+from Configuration_System import ModelSection, OptimizerSection
 from scripts.figures import Figure
 from tagger.devices import autocast_dtype
 
@@ -30,7 +31,11 @@ class OutOfTimeError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepCase:
-    """One training step to measure. Goals are of a GPU: share of the matmul ceiling, images a second, peak GB."""
+    """One training step to measure. Goals are of a GPU: share of the matmul ceiling, images a second, peak GB.
+
+    `as_recipe`: model and optimizer are those of a recipe. timm has no such network to put beside it; what a new batch
+    shape costs is measured in its place.
+    """
 
     name: str
     model: ModelSection
@@ -39,6 +44,13 @@ class StepCase:
     least_mfu: float | None = None
     least_images_per_s: float | None = None
     most_gb: float | None = None
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    as_recipe: bool = False
+
+
+# Of configs/vit_l_448.yaml.
+LARGE_MODEL = ModelSection(preset="vit_large", qk_norm=True, layer_scale_init=1e-4, drop_path=0.2)
+LARGE_OPTIMIZER = OptimizerSection(name="muon", learning_rate=0.0003, base_batch_size=384)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ GPU_SCALE = Scale(
     loss_tags=20_000,
     steps=(
         StepCase("L@448", ModelSection(preset="vit_large"), 448, 128, least_mfu=0.60, most_gb=85),
+        StepCase("L@448, recipe", LARGE_MODEL, 448, 128, optimizer=LARGE_OPTIMIZER, as_recipe=True),
         StepCase("S@224", ModelSection(preset="vit_small"), 224, 1024, least_images_per_s=12_000),
         StepCase("B@448", ModelSection(preset="vit_base"), 448, 256),
     ),
@@ -112,7 +125,17 @@ CPU_SCALE = Scale(
     attention_total_tokens=784,
     loss_batches=(256,),
     loss_tags=20_000,
-    steps=(StepCase("tiny@96", ModelSection(preset="vit_tiny", depth=4), 96, 16),),
+    steps=(
+        StepCase("tiny@96", ModelSection(preset="vit_tiny", depth=4), 96, 16),
+        StepCase(
+            "tiny@96, recipe",
+            dataclasses.replace(LARGE_MODEL, preset="vit_tiny", depth=4),
+            96,
+            16,
+            optimizer=LARGE_OPTIMIZER,
+            as_recipe=True,
+        ),
+    ),
     layout=StepCase("tiny@176", ModelSection(preset="vit_tiny", depth=2), 176, 8),
     layout_shapes=3,
     update_model=ModelSection(preset="vit_tiny"),

@@ -17,7 +17,7 @@ def forward_flops(config: VisionTransformerConfig, height: int | None = None, wi
         raise ValueError(f"model.stem={config.stem} is counted by no formula; use torch.utils.flop_counter")
     patch, wide = config.patch_size, config.embed_dim
     tokens = ((height or config.image_size) // patch) * ((width or config.image_size) // patch)
-    inside = tokens + (config.pooling == "class_token")
+    inside = tokens + (config.pooling == "class_token") + config.register_tokens
     hidden = int(wide * config.mlp_ratio)
     block = 2 * inside * wide * (4 * wide + 2 * hidden) + 4 * inside**2 * wide
     return 2 * tokens * 3 * patch**2 * wide + config.depth * block + 2 * wide * config.num_tags

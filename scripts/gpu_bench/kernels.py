@@ -6,13 +6,12 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.figures import Figure, figure
 from scripts.gpu_bench.bench import Bench
-from tagger.attention import AttentionShape, pinned_attention
+from tagger.attention import AttentionShape, attend_packed, pinned_attention
 
 
 def ceilings(bench: Bench) -> Iterator[Figure]:
@@ -37,7 +36,10 @@ GPU, CPU = ("flash", "cudnn", "efficient"), ("flash", "math")
 
 
 def attention(bench: Bench) -> Iterator[Figure]:
-    """Forward and backward of attention as the model pins it, beside every kernel; the backward counts 2.5 forwards."""
+    """Forward and backward of attention as the model pins it, beside every kernel; the backward counts 2.5 forwards.
+
+    Queries, keys and values lie as the model has them, packed, and so do their gradients.
+    """
     scale = bench.scale
     for head_dim in scale.attention_head_dims:
         for tokens in scale.attention_tokens:
@@ -49,15 +51,14 @@ def attention(bench: Bench) -> Iterator[Figure]:
 def attention_figure(bench: Bench, name: str, shape: tuple[int, int, int, int]) -> Figure:
     """The pinned kernel's share of the matmul ceiling; the note has every kernel's TFLOP/s."""
     batch, heads, tokens, head_dim = shape
-    inputs = tuple(torch.randn(shape, device=bench.device).to(bench.dtype).requires_grad_() for _ in range(3))
-    upstream = torch.randn(shape, device=bench.device).to(bench.dtype)
+    packed = torch.randn(batch, tokens, 3, heads, head_dim, device=bench.device).to(bench.dtype).requires_grad_()
     kind = AttentionShape(heads, head_dim, tokens, bench.dtype, masked=False, trains=True)
     contexts: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
         "pinned": functools.partial(pinned_attention, kind, bench.device),
         # On a GPU the plain products write out the whole [N, N] matrix: nobody trains with them.
         **{each: functools.partial(sdpa_kernel, [BACKENDS[each]]) for each in (GPU if bench.on_gpu else CPU)},
     }
-    works = {each: functools.partial(_attend, context, inputs, upstream) for each, context in contexts.items()}
+    works = {each: functools.partial(_attend, context, packed) for each, context in contexts.items()}
     flops = 3.5 * 4 * batch * heads * tokens**2 * head_dim
     times = bench.kernels_in_turn({each: work for each, work in works.items() if _takes(work)})
     note = ", ".join(f"{each} {flops / statistics.median(rounds) / 1e12:.3g}" for each, rounds in times.items())
@@ -65,12 +66,9 @@ def attention_figure(bench: Bench, name: str, shape: tuple[int, int, int, int]) 
     return figure(f"{name}: pinned / matmul", shares, note=f"{note} TFLOP/s")
 
 
-def _attend(
-    context: Callable[[], contextlib.AbstractContextManager[object]], inputs: tuple[Tensor, ...], upstream: Tensor
-) -> None:
+def _attend(context: Callable[[], contextlib.AbstractContextManager[object]], packed: Tensor) -> None:
     with context():
-        mixed = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
-    torch.autograd.grad(mixed, inputs, upstream)
+        attend_packed(packed)
 
 
 def _takes(work: Callable[[], object]) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from Configuration_System import LossSection, OptimizerSection
+from Configuration_System import LossSection
 from loss_functions import create_loss
 from model_architecture import create_model
 from scripts.benchmark_training import random_batches
@@ -63,7 +63,7 @@ class OurStep:
         compile_model(self.model, "auto", bench.device)
         self.objective = TrainingObjective(self.model, make_criterion(bench))
         self.precision = MixedPrecisionTrainer("auto", bench.device)
-        self.optimizer = create_optimizer(OptimizerSection(), self.model)
+        self.optimizer = create_optimizer(case.optimizer, self.model)
         self.ema = ExponentialMovingAverage(self.model, DECAY)
         self._parameters = tuple(self.model.parameters())
 
@@ -127,7 +127,7 @@ def timm_network(case: StepCase, num_tags: int) -> nn.Module:
 
 
 def train_steps(bench: Bench) -> Iterator[Figure]:
-    """Every case of the scale: ours alone, then beside timm."""
+    """Every case of the scale: ours alone, then beside timm; of a recipe what a new batch shape costs."""
     for case in bench.scale.steps:
         yield from step_figures(bench, case)
         bench.release()
@@ -146,7 +146,7 @@ def step_figures(bench: Bench, case: StepCase) -> Iterator[Figure]:
     yield from _inside_a_step(bench, name, case, ours, batch, held)
     works: dict[str, Callable[[], object]] = {"ours": lambda: ours(batch)}
     failed = {}
-    for form in ("timm eager", "timm compiled"):
+    for form in () if case.as_recipe else ("timm eager", "timm compiled"):
         why = _add_timm(bench, case, form, batch, works)
         if why is not None:
             failed[form] = why
@@ -158,6 +158,9 @@ def step_figures(bench: Bench, case: StepCase) -> Iterator[Figure]:
     least = case.least_images_per_s if bench.on_gpu else None
     yield figure(f"{name}: images/s", rates, least)
     yield figure(f"{name}: MFU of the measured matmul", mfu, case.least_mfu if bench.on_gpu else None)
+    if case.as_recipe:
+        yield new_shape_figure(bench, name, case, ours)
+        return
     for form, goal in (("timm eager", 1.4), ("timm compiled", 1.08)):
         if form in failed:
             yield missing(f"{name}: {form} / ours", failed[form])
@@ -166,6 +169,22 @@ def step_figures(bench: Bench, case: StepCase) -> Iterator[Figure]:
         if form == "timm compiled":
             bench.against_timm[case.name] = statistics.median(shares)
         yield figure(f"{name}: {form} / ours", shares, goal if bench.on_gpu else None)
+
+
+def new_shape_figure(bench: Bench, name: str, case: StepCase, ours: OurStep) -> Figure:
+    """How much longer the first step of images one patch narrower takes than the next: compiling, from no cache."""
+    from torch._dynamo.utils import counters  # takes seconds
+    from torch._inductor.utils import fresh_inductor_cache
+
+    bench.check_time()
+    batch = noise_batch(bench, case.batch_size, case.image_size, case.image_size - ours.model.config.patch_size)
+    before = counters["stats"]["unique_graphs"]
+    with fresh_inductor_cache():
+        first = bench.seconds(lambda: ours(batch))
+    graphs = counters["stats"]["unique_graphs"] - before
+    seconds = first - bench.seconds(lambda: ours(batch))
+    note = f"{graphs} graph{'s' * (graphs != 1)}" if graphs else "not compiled here"
+    return Figure(f"{name}: to compile a new batch shape", seconds, unit="s", note=note)
 
 
 def _add_timm(

@@ -8,7 +8,7 @@ Refuses images that are not uint8 and strengths beyond what an operation can mea
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,23 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagger import rng
-from tagger.errors import InputError
+from tagger.config_checks import AUGMENT_LIMITS, check_strength
 
 Keys = NDArray[np.uint64] | Tensor
 
-# operation -> (greatest strength, its unit)
-_LIMITS = {
-    "rotation": (180.0, "degrees"),
-    "shift": (1.0, "share of the side"),
-    "scale": (2.0, "logarithm of the factor"),
-    "brightness": (1.0, "change of the factor 1"),
-    "contrast": (1.0, "change of the factor 1"),
-    "saturation": (1.0, "change of the factor 1"),
-    "blur": (32.0, "standard deviation in pixels"),
-    "erasing": (1.0, "share of the area"),
-}
-_OPERATIONS = tuple(_LIMITS)
-_MIXUP_LIMIT = 100.0  # of a in Beta(a, a); from there on every image is half of another
+_OPERATIONS = tuple(name for name in AUGMENT_LIMITS if name != "mixup")
 _MIXUP_STREAM = rng.stable_id("mixup")
 _OPERATION_IDS = np.array([rng.stable_id(name) for name in _OPERATIONS], dtype=np.uint64)
 _DRAWS = 5  # numbers drawn for each operation
@@ -120,11 +108,10 @@ class BatchAugment:
     fill: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name in _LIMITS:
-                _check_strength(field.name, getattr(self, field.name))
-        if self.mixup is not None and self.mixup.strength > _MIXUP_LIMIT:
-            raise InputError(f"augment.mixup.strength={self.mixup.strength} is above {_MIXUP_LIMIT:g}; 1 is usual")
+        for name in AUGMENT_LIMITS:
+            op: Op | None = getattr(self, name)
+            if op is not None:
+                check_strength(name, op.strength)
         if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
             raise ValueError(f"fill {self.fill} is not three numbers in 0..255; white is (255, 255, 255)")
 
@@ -207,12 +194,6 @@ class BatchAugment:
         left = draws.uniform("erasing", 4) * (width - wide)
         edges = _columns([top, top + tall, left, left + wide], self.fill)
         return _Stage(_erase, draws.acts("erasing", self.erasing), edges)
-
-
-def _check_strength(name: str, op: Op | None) -> None:
-    limit, unit = _LIMITS[name]
-    if op is not None and op.strength > limit:
-        raise InputError(f"augment.{name}.strength={op.strength} is above {limit:g} ({unit}); use a smaller one")
 
 
 def _as_uint64(keys: Keys) -> NDArray[np.uint64]:

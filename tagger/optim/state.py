@@ -85,7 +85,7 @@ def load_optimizer(
     if settings.get("kind") != current["kind"]:
         raise InputError(
             f"the checkpoint is of the optimizer {settings.get('kind')}, this run has {current['kind']}; set "
-            "optimizer.name back, or start a new run from the weights alone"
+            "optimizer.name back, or start a new run from the weights alone (checkpoint.init_from=RUN)"
         )
     _compare_groups(settings["groups"], current["groups"])
     by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
@@ -113,7 +113,10 @@ def _compare_groups(saved: Iterable[Mapping[str, Any]], current: Iterable[Mappin
     changes: dict[str, str] = {}
     for name, settings in now.items():
         if was[name].keys() != settings.keys():
-            raise InputError(f"the checkpoint's optimizer moves {name} by another rule; start from the weights alone")
+            raise InputError(
+                f"the checkpoint's optimizer moves {name} by another rule; start a new run from the weights alone "
+                "(checkpoint.init_from=RUN)"
+            )
         for key, value in settings.items():
             if was[name][key] != value:
                 changes[f"{key} was {was[name][key]}, is {value} now"] = name

@@ -24,6 +24,7 @@ from loss_functions import (
     create_loss,
     tag_weights_from_counts,
 )
+from tagger import tag_lists
 from tagger.losses import summed
 
 SETTINGS = [
@@ -408,6 +409,23 @@ def test_bad_arguments_are_refused_with_what_was_found(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [4, 5, 8, 2**31 - 1, -1, -4])
+@pytest.mark.parametrize("ignored", [(), (1,)])
+def test_a_wrong_index_whose_value_is_not_checked_marks_no_other_cell(index, ignored, monkeypatch):
+    """As on a GPU, where reading the indices would wait for it: it fails as out of bounds, in place of training."""
+    monkeypatch.setattr(tag_lists, "_check_values", lambda *_: None)
+    indices, offsets = torch.tensor([0, index, 2], dtype=torch.int32), torch.tensor([0, 2, 3])
+    _, columns = tag_lists.tag_coordinates(indices, offsets, 2, 4)
+    assert columns.tolist() == [0, 4, 2]
+    loss = BinaryCrossEntropy(ignored_tags=ignored)
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+        loss(torch.zeros(2, 4), indices, offsets)
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+        loss.through_head(
+            torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4), indices, offsets, chunk_tags=3, dtype=torch.float32
+        )
 
 
 def test_configured_names_are_the_registered_ones():

@@ -1,9 +1,11 @@
 """The benchmark for a GPU measures what it says, on a CPU and the smallest shapes; figures are not judged."""
 
+import contextlib
 import dataclasses
 import math
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,14 +16,27 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from Configuration_System import ModelSection
+from Configuration_System import ModelSection, load_config
 from model_architecture import create_model
 from scripts import benchmark_gpu
 from scripts.figures import Figure
 from scripts.gpu_bench import kernels, steps
-from scripts.gpu_bench.bench import CPU_SCALE, Bench, OutOfTimeError, Scale, StepCase, saved_bytes
+from scripts.gpu_bench.bench import (
+    CPU_SCALE,
+    GPU_SCALE,
+    LARGE_MODEL,
+    LARGE_OPTIMIZER,
+    Bench,
+    OutOfTimeError,
+    Scale,
+    StepCase,
+    saved_bytes,
+)
 from scripts.gpu_bench.flops import forward_flops, training_flops
-from scripts.gpu_bench.steps import OperatorCounter, train_steps
+from scripts.gpu_bench.kernels import attention_figure
+from scripts.gpu_bench.steps import OperatorCounter, OurStep, new_shape_figure, noise_batch, train_steps
+from tagger.layers import Attention
+from training_utils import create_optimizer
 
 _SMALL = ModelSection(preset="vit_tiny", depth=1, embed_dim=48)
 TINY = dataclasses.replace(
@@ -88,6 +103,30 @@ def test_with_timm_its_network_takes_turns_with_ours(monkeypatch: pytest.MonkeyP
     assert asked["name"] == "vit_tiny_patch16_224" and asked["img_size"] == 32 and asked["num_classes"] == 50
 
 
+def test_the_large_recipe_is_a_case_as_it_stands() -> None:
+    config = load_config(Path(__file__).resolve().parents[2] / "configs" / "vit_l_448.yaml", environment={})
+    (case,) = [case for case in GPU_SCALE.steps if case.as_recipe]
+    assert case.model == config.model and case.optimizer == config.optimizer
+    assert case.image_size in [phase.image_size for phase in config.training.phases]
+
+
+def test_a_recipe_is_measured_with_its_own_optimizer_and_a_new_shape() -> None:
+    model = dataclasses.replace(LARGE_MODEL, preset="vit_tiny", depth=3, embed_dim=48)
+    case = StepCase("own@32", model, 32, 2, optimizer=LARGE_OPTIMIZER, as_recipe=True)
+    bench = Bench(CPU, dataclasses.replace(TINY, steps=(case,)))
+    found = {figure.name: figure for figure in train_steps(bench)}
+    assert not any("timm" in name for name in found)
+    assert found["step own@32 B=2: to compile a new batch shape"].note == "not compiled here"
+    ours = OurStep(bench, case)
+    assert type(ours.optimizer) is type(create_optimizer(LARGE_OPTIMIZER, ours.model))
+    torch._dynamo.reset()
+    for block in ours.model.blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
+    ours(noise_batch(bench, 2, 32, 32))
+    figure = new_shape_figure(bench, "step", case, ours)
+    assert figure.note == "1 graph" and figure.value > 0
+
+
 def test_a_section_that_fails_is_named_and_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,9 +138,47 @@ def test_a_section_that_fails_is_named_and_keeps_what_it_measured(
     output = tmp_path / "gpu.json"
     assert benchmark_gpu.main(["--cpu", "--sections", "loss", "ceilings", "--output", str(output)], TINY) == 1
     sections = orjson.loads(output.read_bytes())["sections"]
-    assert sections["loss"]["failure"] == "RuntimeError: CUDA error: an example"
+    failure = sections["loss"]["failure"]
+    assert failure.startswith("RuntimeError: CUDA error: an example (test_benchmark_gpu.py, line ")
     assert [figure["name"] for figure in sections["loss"]["figures"]] == ["before"]
     assert sections["ceilings"]["failure"] is None
+
+
+@pytest.mark.parametrize("error", [KeyError("a name"), AssertionError(), TypeError("no such argument"), IndexError(3)])
+def test_any_error_ends_its_section_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def breaking(_: Bench) -> Iterator[Figure]:
+        yield Figure("before", 1.0)
+        raise error
+
+    monkeypatch.setitem(benchmark_gpu.SECTIONS, "loss", breaking)
+    output = tmp_path / "gpu.json"
+    assert benchmark_gpu.main(["--cpu", "--sections", "loss", "ceilings", "--output", str(output)], TINY) == 1
+    assert f"loss broke off: {type(error).__name__}: " in capsys.readouterr().out
+    sections = orjson.loads(output.read_bytes())["sections"]
+    assert sections["loss"]["failure"].startswith(type(error).__name__) and sections["ceilings"]["failure"] is None
+
+
+def test_what_ends_the_process_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ending(_: Bench) -> Iterator[Figure]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(benchmark_gpu.SECTIONS, "loss", ending)
+    output = tmp_path / "gpu.json"
+    with contextlib.suppress(KeyboardInterrupt):
+        benchmark_gpu.main(["--cpu", "--sections", "ceilings", "loss", "--output", str(output)], TINY)
+    assert list(orjson.loads(output.read_bytes())["sections"]) == ["ceilings"]
+
+
+def test_a_device_that_cannot_be_tidied_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    bench = Bench(CPU, TINY)
+    monkeypatch.setattr(bench, "release", breaking)
+    outcome = benchmark_gpu.run_section(lambda _: iter([Figure("one", 1.0)]), bench)
+    assert outcome.failure is not None and "device-side assert" in outcome.failure and len(outcome.figures) == 1
 
 
 def test_no_measurement_begins_after_the_time_is_over() -> None:
@@ -163,10 +240,25 @@ def test_what_a_gpu_alone_measures_is_measured_against_its_goals(as_gpu: CpuAsGp
     assert len(judged) >= 10
 
 
+def test_attention_is_measured_in_the_layout_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[tuple[int, ...], ...]] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*inputs: torch.Tensor, **settings: typing.Any) -> torch.Tensor:
+        seen.append(tuple((tuple(each.shape), each.stride(), each.storage_offset()) for each in inputs))
+        return plain(*inputs, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    Attention(24, 3, qk_norm=False, dropout=0.0)(torch.randn(2, 5, 24), None)
+    attention_figure(Bench(CPU, TINY), "attention", (2, 3, 5, 8))
+    assert len(seen) > 2 and len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
-def test_matrix_products_counted_are_those_of_the_formula(pooling: str, size: tuple[int, int]) -> None:
-    section = dataclasses.replace(_SMALL, pooling=pooling, depth=2)
+def test_matrix_products_counted_are_those_of_the_formula(registers: int, pooling: str, size: tuple[int, int]) -> None:
+    section = dataclasses.replace(_SMALL, pooling=pooling, depth=2, register_tokens=registers)
     model = create_model(section, num_tags=7, image_size=64).eval()
     images = torch.zeros(3, 3, *size, dtype=torch.uint8)
     model(images)  # positions of another grid are worked out once

@@ -107,5 +107,5 @@ def test_mixup_alone_leaves_the_images_to_the_objective() -> None:
 
 
 def test_a_strength_without_meaning_is_refused() -> None:
-    with pytest.raises(InputError, match=r"augment\.mixup\.strength=1000\.0 is above 100; 1 is usual"):
+    with pytest.raises(InputError, match=r"augment\.mixup\.strength=1000\.0 is above 100 .* 1 is usual"):
         BatchAugment(mixup=Op(1, 1000.0))

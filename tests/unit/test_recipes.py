@@ -9,7 +9,7 @@ from Configuration_System import FullConfig, load_config
 from loss_functions import create_loss
 from model_architecture import SimplifiedTagger, create_model
 from scripts.gpu_bench.flops import training_flops
-from start_up import resolve_phases
+from start_up import resized_batch, resolve_phases
 from tagger.preprocess import Preprocess
 from training_utils import create_optimizer
 
@@ -89,6 +89,21 @@ def test_the_table_of_recipes_has_what_a_million_images_take(name: str) -> None:
     assert row.endswith(f"| {1e6 * flops / FLOPS / 3600:.2f} |")
     memory = next(line for line in header if "GB (computed)" in line).split(" GB")[0].split()[-1]
     assert f"| {memory} GB |" in row
+
+
+def test_batches_that_follow_the_image_size_are_multiples_of_eight() -> None:
+    for name in RECIPES:
+        assert all(phase.batch_size % 8 == 0 for phase in resolve_phases(recipe(name)[0]))
+    assert [phase.batch_size for phase in resolve_phases(recipe("vit_l_448")[0])] == [256, 120, 96]
+
+
+@pytest.mark.parametrize(
+    ("own", "image_size", "expected"),
+    [(96, 448, 120), (100, 512, 100), (100, 511, 100), (2, 224, 10), (3, 224, 15), (4, 224, 16), (5, 224, 24)],
+)
+def test_a_batch_never_shrinks_with_its_images(own: int, image_size: int, expected: int) -> None:
+    config = load_config(CONFIGS / "vit_l_448.yaml", [f"training.batch_size={own}"], environment={})
+    assert resized_batch(config, image_size) == expected
 
 
 def test_phases_of_the_large_recipes_cost_less_than_six_tenths() -> None:
