@@ -180,14 +180,14 @@ class Course:
     end_step: int | None = None
 
 
-def plan_course(
-    before: Course | None, step: int, images_seen: int, updates_left: int, images_left: int, on_change: str
-) -> Course:
+def plan_course(before: Course | None, step: int, updates_left: int, updates_in_all: int, on_change: str) -> Course:
     """The course of a run that has made ``step`` updates and has ``updates_left``; ``before`` is what it was on.
 
-    Where the end has moved (other batch size, epochs or images), ``on_change`` says what the learning rate does.
-    "rescale": the rest of the schedule is spread over the updates left, from the share of images that has been seen,
-    so that another batch size alone does not move it. "keep": the old course, which may end early or late. "error":
+    ``updates_in_all``: of a run like this from its start, with the present settings and images. Where the end has moved
+    (other batch size, epochs or images), ``on_change`` says what the learning rate does. "rescale": the rest of the
+    schedule is spread over the updates left, from the share that such a run would have behind it in the same place, so
+    that another batch size alone does not move it. The share is one of updates, which is what the schedule counts:
+    phases make theirs of different numbers of images. "keep": the old course, which may end early or late. "error":
     InputError.
     """
     total_steps = step + updates_left
@@ -205,7 +205,7 @@ def plan_course(
     if on_change == "keep":
         logger.warning("%s; the learning rate keeps to its old course", moved)
         return replace(before, end_step=total_steps)
-    share = images_seen / (images_seen + images_left) if updates_left else 1.0
+    share = 1.0 - updates_left / updates_in_all if updates_left else 1.0
     logger.warning("%s; the learning rate goes on from %.1f %% of its schedule", moved, 100 * share)
     return Course(total_steps, step, share)
 

@@ -26,7 +26,7 @@ from tagger.checkpoint.format import LoadedCheckpoint, read_checkpoint
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.phases import PhasePlan
-from tagger.data.windows import Feed, Left
+from tagger.data.windows import Feed
 from tagger.data.yardstick import yardstick_sha256
 from tagger.distributed import ALONE, Ranks
 from tagger.errors import InputError
@@ -157,14 +157,13 @@ def build(
         if state.position is not None:
             state.position = feed.loader_at(state.position, state.epoch).order.carry_over(state.position)
     remaining = feed.left(state.position, state.epoch)
-    left = sum(remaining.updates)
+    left = sum(remaining)
     saved = cast(dict[str, Any], state.extra)
     course = plan_course(
         None if loaded is None else Course(**saved["course"]),
         state.step,
-        state.samples_seen,
         left,
-        sum(remaining.images),
+        sum(feed.left(None, 0)),
         config.checkpoint.on_schedule_change,
     )
     state.extra["course"] = asdict(course)
@@ -330,13 +329,13 @@ def open_phases(config: FullConfig, train_loader: DataLoader) -> tuple[tuple[Pha
     return phases, Feed(loaders, plan, config.training.accumulation_steps)
 
 
-def describe_phases(phases: Sequence[Phase], feed: Feed, left: Left) -> Iterator[str]:
-    """Each phase for people: its images, and what is left of it."""
+def describe_phases(phases: Sequence[Phase], feed: Feed, left: Sequence[int]) -> Iterator[str]:
+    """Each phase for people: its images, and the updates left of it."""
     for number, (phase, start) in enumerate(zip(phases, feed.plan.starts, strict=True)):
         epochs = start / feed.plan.images_an_epoch
         yield (
             f"phase {number + 1} of {len(phases)}: {phase.image_size} px in batches of {phase.batch_size}, from "
-            f"{epochs:.4g} epochs on; {left.updates[number]} updates to come"
+            f"{epochs:.4g} epochs on; {left[number]} updates to come"
         )
 
 

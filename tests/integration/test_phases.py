@@ -240,3 +240,39 @@ def test_saved_phases_are_read_back(tmp_path: Path) -> None:
     save_yaml(config, tmp_path / "config.yaml")
     again: FullConfig = load_config(tmp_path / "config.yaml", environment={})
     assert again == config
+
+
+def learning_rates(folder: Path) -> dict[int, float]:
+    lines = [orjson.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+    return {int(line["step"]): line["train/learning_rate"] for line in lines if "train/loss" in line}
+
+
+@pytest.mark.parametrize(
+    ("changed", "same_place"),
+    # Two updates of phase 1 make an epoch, with the smaller batches five.
+    [("training.batch_size=2", 3 * 5 + 2), ("training.num_epochs=6", 3 * 2 + 1)],
+)
+def test_an_end_that_moves_leaves_the_learning_rate_where_a_run_of_the_new_plan_would_have_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, same_place: int
+) -> None:
+    # Four of five epochs are at the small size, and make eight of nineteen updates.
+    phases = "training.phases=[{image_size: 16, share: 0.8}, {image_size: 32}]"
+    words = [phases, "training.num_epochs=5", "scheduler.warmup_fraction=0"]
+    inner = train_direct.train_step
+
+    def stopping(parts: start_up.Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+        if parts.state.step == 6:
+            parts.folder.stop_path.touch()
+            parts.stop._looked_at = 0.0
+        return inner(parts, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_direct, "train_step", stopping)
+        assert train_direct.main(arguments(images, tmp_path, "run", *words)) == 0
+    assert max(learning_rates(tmp_path / "run")) == 7
+    assert train_direct.main(arguments(images, tmp_path, "run", *words, changed, "--resume", "latest")) == 0
+    assert train_direct.main(arguments(images, tmp_path, "straight", *words, changed)) == 0
+    rates, straight = learning_rates(tmp_path / "run"), learning_rates(tmp_path / "straight")
+    assert [rates[step] for step in range(8, max(rates) + 1)] == pytest.approx(
+        [straight[step] for step in range(same_place + 1, max(straight) + 1)], abs=4e-5
+    )
