@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from tagger.distributed import Ranks
 from tagger.endings import Ending, diagnose
 from tagger.errors import DivergedError, InputError, LostFolderError, PeerFailedError, RunFailedError
 from tagger.files import write_json
+from tagger.launch import launched_as
 from tagger.logs import log_as_rank, log_to_console
 from tagger.options import Parser
 from tagger.output import print_if_read
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [*options.overrides, *(f"{key}={value}" for key, value in named.items() if value)]
     config = load_config(options.config, words)
     check_paths(config)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = launched_as()[0] == 0
     if options.validate_only:
         found = check(config)
         if is_main:
