@@ -159,10 +159,13 @@ def _cosine_restarts(section: SchedulerSection, total_steps: int) -> Schedule:
 
 
 def create_scheduler(section: SchedulerSection, total_steps: int) -> Schedule:
-    """The schedule that a recipe names, over ``total_steps`` updates."""
-    if total_steps < 1:
-        raise ValueError(f"total_steps={total_steps} is below 1; a run needs at least one update")
-    return SCHEDULES.get(section.name)(section, total_steps)
+    """The schedule that a recipe names, over ``total_steps`` updates; InputError where it does not fit into them."""
+    factory = SCHEDULES.get(section.name)
+    try:
+        _check_common(total_steps, section.min_lr_ratio)
+        return factory(section, total_steps)
+    except ValueError as error:
+        raise InputError(f"scheduler.name={section.name} does not fit this run: {error}") from error
 
 
 @dataclass(frozen=True)

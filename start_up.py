@@ -167,6 +167,8 @@ def build(
         config.checkpoint.on_schedule_change,
     )
     state.extra["course"] = asdict(course)
+    # Before anything is written, since it refuses what does not fit into so many updates.
+    schedule = CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course)
     for line in describe_phases(phases, feed, remaining) if len(phases) > 1 else ():
         logger.info("%s", line)
     guard, meter = UpdateGuard(device), TrainingMeter()
@@ -206,7 +208,7 @@ def build(
         objective=parallel.objective,
         parallel=parallel,
         learning_rate=rates.learning_rate,
-        schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
+        schedule=schedule,
         state=state,
         boundary=StepBoundary(model, device),
         guard=guard,

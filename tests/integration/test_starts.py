@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 
+import start_up
 import train_direct
-from tests.integration.test_train_direct import arguments
+from Configuration_System import load_config
+from tagger.distributed import Ranks
+from tagger.errors import RunFailedError
+from tests.integration.test_train_direct import arguments, run
 
 
 @pytest.mark.parametrize("only_checking", [("--validate-only",), ()])
@@ -23,3 +27,66 @@ def test_a_rank_without_a_group_is_a_process_by_itself(
     assert ("ready: " if only_checking else f"run: {tmp_path / 'run'}") in capsys.readouterr().out
     assert train_direct.main([*words, "--resume", "latest", "run.name=none"]) == 2
     assert "rank 1" not in capsys.readouterr().err
+
+
+def test_a_start_that_fails_says_why_and_keeps_the_traceback_of_an_unknown_error(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path, "old", "training.num_epochs=1")
+    capsys.readouterr()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the flux is out of order")
+
+    monkeypatch.setattr(start_up, "create_optimizer", broken)
+    said = "ERROR: the run could not start: RuntimeError: the flux is out of order"
+    # The run's folder and its train.log go, so the error itself goes on to the interpreter, which prints it.
+    with pytest.raises(RuntimeError, match="flux"):
+        train_direct.main(arguments(images, tmp_path, "new"))
+    assert said in capsys.readouterr().err.splitlines()
+    assert not (tmp_path / "new").exists()
+    # In a folder that was there the log has it.
+    assert train_direct.main(arguments(images, tmp_path, "old", "training.num_epochs=2", "--resume", "latest")) == 1
+    assert said in capsys.readouterr().err.splitlines()
+    assert "in broken" in (tmp_path / "old" / "train.log").read_text(encoding="utf-8")
+
+
+def test_a_rank_without_a_log_leaves_the_traceback_of_an_unknown_error_to_the_console(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the flux is out of order")
+
+    monkeypatch.setattr(train_direct, "build", broken)
+    monkeypatch.setattr(train_direct, "log_as_rank", lambda *_: None)
+    words = arguments(images, tmp_path, "run")
+    with pytest.raises(RuntimeError, match="flux") as caught:
+        train_direct.follow(load_config(words[1], words[2:], environment={}), Ranks(rank=1))
+    assert not isinstance(caught.value, RunFailedError)
+
+
+def test_a_start_without_memory_says_so_in_one_line(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("no memory for a state")
+
+    monkeypatch.setattr(start_up, "create_optimizer", broken)
+    assert train_direct.main(arguments(images, tmp_path, "new")) == 5
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("ERROR")]
+    assert "could not start: out of memory (no memory for a state); lower training.batch_size" in line
+
+
+def test_a_schedule_that_does_not_fit_the_updates_is_bad_input_and_leaves_the_run_as_it_was(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(images, tmp_path, "old", "training.num_epochs=1")
+    before = (folder / "config.yaml").read_bytes()
+    cycles = ("scheduler.name=cosine_restarts", "scheduler.num_cycles=20")
+    for words in (arguments(images, tmp_path, "new"), arguments(images, tmp_path, "old", "--resume", "latest")):
+        capsys.readouterr()
+        assert train_direct.main([*words, *cycles, "training.num_epochs=2"]) == 2
+        (line,) = [each for each in capsys.readouterr().err.splitlines() if "error: " in each]
+        assert "scheduler.name=cosine_restarts does not fit this run: num_cycles=20 is more than total_steps=10" in line
+    assert (folder / "config.yaml").read_bytes() == before
+    assert not (tmp_path / "new").exists()
