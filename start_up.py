@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +56,8 @@ from validation_loop import Criterion, build_criterion, open_data_and_model
 from vocabulary import TagVocabulary
 
 logger = logging.getLogger(__name__)
+
+_FAR = 0.03  # of the run: how far from its place a phase begins without a word
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,11 @@ def build(
     state.extra["course"] = asdict(course)
     # Before anything is written, since it refuses what does not fit into so many updates.
     schedule = CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course)
-    for line in describe_phases(phases, feed, remaining) if len(phases) > 1 else ():
-        logger.info("%s", line)
+    if len(phases) > 1:
+        now = None if loaded is None else feed.plan.phase_at(state.epoch, state.position)
+        require_updates(phases, feed, remaining, now)
+        for line in describe_phases(phases, feed, remaining):
+            logger.info("%s", line)
     guard, meter = UpdateGuard(device), TrainingMeter()
     if loaded is not None:
         guard.load_state_dict(saved["guard"])
@@ -329,6 +335,34 @@ def open_phases(config: FullConfig, train_loader: DataLoader) -> tuple[tuple[Pha
     orders = [loader.order for loader in loaders]
     plan = PhasePlan.create([phase.share for phase in phases], config.training.num_epochs, orders)
     return phases, Feed(loaders, plan, config.training.accumulation_steps)
+
+
+def require_updates(phases: Sequence[Phase], feed: Feed, left: Sequence[int], now: int | None) -> None:
+    """Raise InputError where a phase still to come gets none of the updates left, and warn where it starts elsewhere.
+
+    now: the phase that the run goes on in, those up to which are not looked at; None: it starts.
+    """
+    plan = feed.plan
+    edges = [*(start / plan.images_an_epoch for start in plan.starts), plan.num_epochs]
+    shares = [0.0, *accumulate(phase.share for phase in phases)]
+    for number, (phase, updates) in enumerate(zip(phases, left, strict=True)):
+        begins, asked = edges[number], shares[number] * plan.num_epochs
+        if now is not None and number <= now:
+            continue
+        name = f"training.phases, item {number + 1} of {len(phases)}"
+        if not updates:
+            raise InputError(
+                f"{name}: no update is left for its {phase.image_size} px (it was to go from {asked:.4g} to "
+                f"{shares[number + 1] * plan.num_epochs:.4g} of {plan.num_epochs} epochs and goes from {begins:.4g} to "
+                f"{edges[number + 1]:.4g}); use fewer phases, another share, smaller batches or, where data.fit is "
+                "buckets, data.fit=letterbox, with which a phase can begin anywhere"
+            )
+        if abs(begins - asked) > _FAR * plan.num_epochs:
+            message = (
+                "%s begins at %.4g epochs and not at %.4g, as the shares say: with data.fit=buckets a phase begins "
+                "where a window of batches does; with data.fit=letterbox anywhere"
+            )
+            logger.warning(message, name, begins, asked)
 
 
 def describe_phases(phases: Sequence[Phase], feed: Feed, left: Sequence[int]) -> Iterator[str]:

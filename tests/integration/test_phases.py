@@ -276,3 +276,45 @@ def test_an_end_that_moves_leaves_the_learning_rate_where_a_run_of_the_new_plan_
     assert [rates[step] for step in range(8, max(rates) + 1)] == pytest.approx(
         [straight[step] for step in range(same_place + 1, max(straight) + 1)], abs=4e-5
     )
+
+
+BUCKETS = ("data.fit=buckets", "data.image_size=32", "model.patch_size=8")
+
+
+def buckets_of(first: float) -> tuple[str, ...]:
+    """45 images, whose buckets have one window an epoch: phases begin where epochs do."""
+    return (*BUCKETS, f"training.phases=[{{image_size: 24, share: {first}}}, {{image_size: 32}}]")
+
+
+@pytest.mark.parametrize(
+    ("words", "item", "place"),
+    [
+        ((*buckets_of(0.9), "training.num_epochs=3"), "item 2 of 2", "from 2.7 to 3 of 3 epochs and goes from 3 to 3"),
+        ((*buckets_of(0.1), "training.num_epochs=3"), "item 1 of 2", "from 0 to 0.3 of 3 epochs and goes from 0 to 0"),
+        (
+            ("training.phases=[{image_size: 16, share: 0.99}, {image_size: 32}]",),
+            "item 2 of 2",
+            "from 2.97 to 3 of 3 epochs",
+        ),
+    ],
+)
+def test_a_phase_without_an_update_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], item: str, place: str
+) -> None:
+    assert train_direct.main(arguments(images, tmp_path, "run", *words)) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    assert f"training.phases, {item}: no update is left" in line and place in line and "fewer phases" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_phase_that_begins_far_from_its_place_is_told_and_one_that_is_over_is_not(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = buckets_of(0.4)
+    assert train_direct.main(arguments(images, tmp_path, "run", *words, "training.num_epochs=3")) == 0
+    assert "item 2 of 2 begins at 1 epochs and not at 1.2, as the shares say" in caplog.text
+    caplog.clear()
+    # Of four epochs phase 2 would begin after 2 and not 1.6, which is behind the run.
+    more = (*words, "training.num_epochs=4", "--resume", "latest")
+    assert train_direct.main(arguments(images, tmp_path, "run", *more)) == 0
+    assert "as the shares say" not in caplog.text
