@@ -15,7 +15,14 @@ from typing import Any, cast
 
 import torch
 
-from Configuration_System import AugmentSection, FullConfig, PhaseSection, changed_settings, split_changes
+from Configuration_System import (
+    AugmentSection,
+    FullConfig,
+    OptimizerSection,
+    PhaseSection,
+    changed_settings,
+    split_changes,
+)
 from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
@@ -23,7 +30,7 @@ from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_
 from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
 from tagger.checkpoint.follower import CheckpointFollower
-from tagger.checkpoint.format import LoadedCheckpoint, read_checkpoint
+from tagger.checkpoint.format import LoadedCheckpoint, list_checkpoints, read_checkpoint
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.phases import PhasePlan
@@ -32,6 +39,7 @@ from tagger.data.yardstick import yardstick_sha256
 from tagger.distributed import ALONE, Ranks
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
+from tagger.launch import launched_as
 from tagger.meter import TrainingMeter
 from tagger.objective import TrainingObjective
 from tagger.ontology import ONTOLOGY_FILE
@@ -105,14 +113,38 @@ class Parts:
 
 
 def check(config: FullConfig) -> str:
-    """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing."""
-    if config.checkpoint.resume != "none":
-        resume_origin(config.run.folder, config.checkpoint.resume)
+    """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing.
+
+    Of a run that goes on no checkpoint is read: what its place in the run means for the rest is not looked at.
+    """
+    folder, resume, training = RunFolder.beside(config.run.folder), config.checkpoint.resume, config.training
+    if resume != "none":
+        resume_origin(folder.path, resume)
+    rank, world_size = launched_as()
+    try:
+        require_shardable(training.parallel, Ranks(0, max(2, world_size)), config.optimizer.name)
+    except InputError as error:
+        if world_size > 1:
+            raise
+        logger.warning("in one process this trains, in several it does not: %s", error)
+    share = (rank, world_size)
     vocabulary, train_loader, validation_loader, model = open_data_and_model(
-        config, config.run.folder / "vocabulary.json"
+        config, folder.vocabulary_path, share=share
     )
+    is_new = resume == "none" or (resume == "auto" and not list_checkpoints(folder.checkpoints_dir))
+    if is_new and config.checkpoint.init_from is not None:
+        start_from(model, find_initial_weights(Path(config.checkpoint.init_from)), vocabulary.tags)
     build_criterion(config, vocabulary)
-    device = resolve_device(config.training.device)
+    device = resolve_device(training.device)
+    MixedPrecisionTrainer(training.mixed_precision, device)
+    create_optimizer(scaled_rates(config, world_size), model)
+    phases, feed = open_phases(config, train_loader)
+    updates = feed.left(None, 0)
+    create_scheduler(config.scheduler, max(sum(updates), 1))
+    for phase in phases:
+        create_augment(phase.augment, config.data.background)
+    if is_new:
+        require_updates(phases, feed, updates, None)
     return (
         f"ready: {train_loader.num_rows} training and {validation_loader.num_rows} validation images, "
         f"{len(vocabulary)} tags, {model.num_parameters() / 1e6:.1f} M parameters on {device}"
@@ -144,8 +176,7 @@ def build(
     synchronise_norms(model, ranks, device)
     criterion = build_criterion(config, vocabulary).to(device)
     parallel = Parallel(TrainingObjective(model, criterion, config.loss.chunk_tags), model, ranks, training.parallel)
-    images_an_update = training.batch_size * training.accumulation_steps * ranks.world_size
-    rates = scale_learning_rates(config.optimizer, images_an_update)
+    rates = scaled_rates(config, ranks.world_size)
     state = TrainState(
         model,
         create_optimizer(rates, model),
@@ -160,6 +191,7 @@ def build(
         if state.position is not None:
             state.position = feed.loader_at(state.position, state.epoch).order.carry_over(state.position)
     remaining = feed.left(state.position, state.epoch)
+    place = feed.plan.phase_at(state.epoch, state.position)
     left = sum(remaining)
     saved = cast(dict[str, Any], state.extra)
     course = plan_course(
@@ -173,15 +205,14 @@ def build(
     # Before anything is written, since it refuses what does not fit into so many updates.
     schedule = CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course)
     if len(phases) > 1:
-        now = None if loaded is None else feed.plan.phase_at(state.epoch, state.position)
-        require_updates(phases, feed, remaining, now)
+        require_updates(phases, feed, remaining, None if loaded is None else place)
         for line in describe_phases(phases, feed, remaining):
             logger.info("%s", line)
     guard, meter = UpdateGuard(device), TrainingMeter()
     if loaded is not None:
         guard.load_state_dict(saved["guard"])
         meter.load_state_dict(saved["meter"], device)
-        before, now = saved.get("image_size"), phases[feed.plan.phase_at(state.epoch, state.position)].image_size
+        before, now = saved.get("image_size"), phases[place].image_size
         if before not in (None, now):
             logger.warning("this place in the run was in the phase of %d px and is in that of %d px now", before, now)
         if not left:
@@ -286,6 +317,12 @@ def find_checkpoint(
     loaded = choose_checkpoint(config, folder, manager)
     ranks.broadcast(None if loaded is None else str(loaded.path))
     return loaded
+
+
+def scaled_rates(config: FullConfig, world_size: int) -> OptimizerSection:
+    """The optimizer's settings with the learning rates of updates of as many images as those of `world_size` ranks."""
+    images_an_update = config.training.batch_size * config.training.accumulation_steps * world_size
+    return scale_learning_rates(config.optimizer, images_an_update)
 
 
 def resized_batch(config: FullConfig, image_size: int) -> int:

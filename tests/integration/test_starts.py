@@ -8,7 +8,7 @@ import start_up
 import train_direct
 from Configuration_System import load_config
 from tagger.distributed import Ranks
-from tagger.errors import RunFailedError
+from tagger.errors import InputError, RunFailedError
 from tests.integration.test_train_direct import arguments, run
 
 
@@ -90,3 +90,66 @@ def test_a_schedule_that_does_not_fit_the_updates_is_bad_input_and_leaves_the_ru
         assert "scheduler.name=cosine_restarts does not fit this run: num_cycles=20 is more than total_steps=10" in line
     assert (folder / "config.yaml").read_bytes() == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("training.phases=[{image_size: 16, share: 0.999}, {image_size: 32}]",), "training.phases, item 2 of 2"),
+        (("scheduler.name=cosine_restarts", "scheduler.num_cycles=2000"), "num_cycles=2000 is more than total_steps"),
+        (("--init-from", "nowhere"), "nowhere holds no usable weights"),
+        (("training.mixed_precision=fp16",), "training.mixed_precision=fp16 needs a CUDA device"),
+        (("augment.rotation={probability: 1, strength: 4000}",), "augment.rotation.strength"),
+        (
+            ("training.phases=[{image_size: 32, augment: {rotation: {probability: 1, strength: 4000}}}]",),
+            "augment.rotation.strength",
+        ),
+    ],
+)
+def test_a_check_finds_what_would_stop_the_start(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert train_direct.main(arguments(images, tmp_path, "run", *words, "--validate-only")) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_check_builds_the_optimizer_of_the_model(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(*_: object) -> None:
+        raise InputError("this model has nothing to optimise")
+
+    monkeypatch.setattr(start_up, "create_optimizer", refusing)
+    assert train_direct.main(arguments(images, tmp_path, "run", "--validate-only")) == 2
+    assert "nothing to optimise" in capsys.readouterr().err
+
+
+def test_a_check_looks_at_weights_to_start_from_unless_the_run_goes_on(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(images, tmp_path, "old", "training.num_epochs=1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = ("--init-from", str(folder), "model.depth=3", "--validate-only")
+    assert train_direct.main(arguments(images, tmp_path, "new", *other)) == 2
+    assert "blocks.2" in capsys.readouterr().err
+    for name, resume in (("old", "auto"), ("old", "latest")):
+        words = arguments(images, tmp_path, name, "--init-from", "nowhere", "--resume", resume, "--validate-only")
+        assert train_direct.main(words) == 0
+    assert train_direct.main(arguments(images, tmp_path, "new", *other[:2], "--resume", "auto", "--validate-only")) == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_check_knows_of_how_many_ranks_a_run_is(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sharded = ("training.parallel=fsdp", "optimizer.name=muon", "--validate-only")
+    assert train_direct.main(arguments(images, tmp_path, "run", *sharded)) == 0
+    assert "WARNING: in one process this trains, in several it does not: " in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_direct.main(arguments(images, tmp_path, "run", *sharded)) == 2
+    # As many updates as two ranks make: three epochs of two batches of 16 images.
+    cycles = ("training.num_epochs=3", "scheduler.name=cosine_restarts", "scheduler.num_cycles=2000", "--validate-only")
+    assert train_direct.main(arguments(images, tmp_path, "run", *cycles)) == 2
+    assert "total_steps=6;" in capsys.readouterr().err
