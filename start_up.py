@@ -141,8 +141,7 @@ def check(config: FullConfig) -> str:
     phases, feed = open_phases(config, train_loader)
     updates = feed.left(None, 0)
     create_scheduler(config.scheduler, max(sum(updates), 1))
-    for phase in phases:
-        create_augment(phase.augment, config.data.background)
+    create_augments(config, phases)
     if is_new:
         require_updates(phases, feed, updates, None)
     return (
@@ -239,7 +238,7 @@ def build(
         model=model,
         parameters=tuple(p for p in model.parameters() if p.requires_grad),
         phases=phases,
-        augments=tuple(create_augment(phase.augment, config.data.background) for phase in phases),
+        augments=create_augments(config, phases),
         feed=feed,
         criterion=criterion,
         objective=parallel.objective,
@@ -410,6 +409,19 @@ def describe_phases(phases: Sequence[Phase], feed: Feed, left: Sequence[int]) ->
             f"phase {number + 1} of {len(phases)}: {phase.image_size} px in batches of {phase.batch_size}, from "
             f"{epochs:.4g} epochs on; {left[number]} updates to come"
         )
+
+
+def create_augments(config: FullConfig, phases: Sequence[Phase]) -> tuple[BatchAugment, ...]:
+    """The operations of each phase; InputError, naming the phase, for one that is out of its range."""
+    built = []
+    for number, phase in enumerate(phases, 1):
+        try:
+            built.append(create_augment(phase.augment, config.data.background))
+        except InputError as error:
+            if phase.augment is config.augment:
+                raise
+            raise InputError(f"training.phases, item {number}: {error}") from error
+    return tuple(built)
 
 
 def create_augment(section: AugmentSection, background: Sequence[int]) -> BatchAugment:

@@ -84,8 +84,11 @@ def test_the_rule_of_learning_rates_by_batch_size_holds_in_every_phase() -> None
         ("[{image_size: 112}, {image_size: 224}]", "phase 1 of 2 has no share of the images; give it one"),
         ("[{image_size: 112, share: 0.5}, {image_size: 224, share: 0.4}]", "the shares are 0.9 together; lower them"),
         ("[{image_size: 112, share: 0.6}, {image_size: 112, share: 0.4}, {image_size: 224}]", "shares are 1 together"),
-        ("[{image_size: 112, share: 1.5}, {image_size: 224}]", "share=1.5 is not between 0 and 1"),
-        ("[{image_size: 112, share: 0.5, batch_size: 0}, {image_size: 224}]", "batch_size=0 is not above 0"),
+        ("[{image_size: 112, share: 1.5}, {image_size: 224}]", "training.phases, item 1: share=1.5 is not above 0 and"),
+        ("[{image_size: 112, share: 0.5}, {image_size: 224, batch_size: 0}]", "item 2: batch_size=0 is not"),
+        ("[{image_size: 224, augment: {blur: {probability: 2, strength: 1}}}]", "item 1: augment.blur.probability=2"),
+        ("[{image_size: 224, augment: {blur: {probability: 1}}}]", "blur.strength must be set too"),
+        ("[{image_size: 112, share: 1.0}, {image_size: 224}]", "the shares are 1 together"),
         ("[{share: 0.5}, {image_size: 224}]", "training.phases, item 1 has no image_size; write it as in image_size:"),
         ("[{image_sice: 112}]", "training.phases, item 1: unknown setting 'image_sice'; did you mean 'image_size'?"),
         ("[{image_size: 224, augment: {blurr: null}}]", "unknown setting 'augment.blurr'; did you mean 'augment.blur'"),
@@ -98,6 +101,10 @@ def test_phases_that_make_no_run_are_refused_with_what_to_do(phases: str, messag
     with pytest.raises(ConfigError) as error:
         load_config(RECIPE, [f"training.phases={phases}"], environment={})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_single_phase_may_say_that_it_has_all_images() -> None:
+    assert phases_of("training.phases=[{image_size: 224, share: 1.0}]") == phases_of()
 
 
 def test_a_phase_too_small_for_buckets_is_refused() -> None:

@@ -102,7 +102,7 @@ def test_a_schedule_that_does_not_fit_the_updates_is_bad_input_and_leaves_the_ru
         (("augment.rotation={probability: 1, strength: 4000}",), "augment.rotation.strength"),
         (
             ("training.phases=[{image_size: 32, augment: {rotation: {probability: 1, strength: 4000}}}]",),
-            "augment.rotation.strength",
+            "training.phases, item 1: augment.rotation.strength",
         ),
     ],
 )
