@@ -1,7 +1,9 @@
 """The learning rate as a pure function of the step: no state, so that resuming needs the step alone.
 
 A schedule's ``factor(step)`` multiplies each parameter group's base learning rate; ``step`` counts the updates already
-made, so the first update is at step 0. Refuses schedules that do not fit into the steps of the run.
+made, so the first update is at step 0. Between whole steps it runs on smoothly.
+
+Refuses schedules that do not fit into the steps of the run.
 """
 
 import logging
@@ -22,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class Schedule(Protocol):
-    """Base learning rate multiplier as a function of the step."""
+    """Base learning rate multiplier as a function of the step, which need not be whole: a bent run is between two."""
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         ...
 
 
-def _check_step(step: int) -> None:
+def _check_step(step: float) -> None:
     if step < 0:
         raise ValueError(f"step={step} is below 0; steps count the updates already made")
 
@@ -63,7 +65,7 @@ class LinearWarmupCosineLR:
         if not 0 <= self.warmup_steps <= self.total_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is not between 0 and total_steps={self.total_steps}")
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         _check_step(step)
         if step >= self.total_steps:
@@ -117,7 +119,7 @@ class CosineAnnealingWarmupRestarts:
         ends = list(accumulate(lengths))
         return (0, *(round(self.total_steps * end / ends[-1]) for end in ends))
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         _check_step(step)
         if step >= self.total_steps:
@@ -220,14 +222,14 @@ class CourseSchedule:
     inner: Schedule
     course: Course
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         course = self.course
         if course.start_step == 0:
             return self.inner.factor(step)
         left = max(1, course.total_steps - course.start_step)
         share = course.start_share + (1.0 - course.start_share) * (step - course.start_step) / left
-        return self.inner.factor(min(round(share * course.total_steps), course.total_steps))
+        return self.inner.factor(min(share * course.total_steps, course.total_steps))
 
 
 def scale_learning_rates(section: OptimizerSection, images_an_update: int) -> OptimizerSection:

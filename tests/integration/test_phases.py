@@ -281,7 +281,7 @@ def test_an_end_that_moves_leaves_the_learning_rate_where_a_run_of_the_new_plan_
     assert train_direct.main(arguments(images, tmp_path, "straight", *words, changed)) == 0
     rates, straight = learning_rates(tmp_path / "run"), learning_rates(tmp_path / "straight")
     assert [rates[step] for step in range(8, max(rates) + 1)] == pytest.approx(
-        [straight[step] for step in range(same_place + 1, max(straight) + 1)], abs=4e-5
+        [straight[step] for step in range(same_place + 1, max(straight) + 1)], rel=1e-9
     )
 
 
