@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tagger.command import command
 from tagger.config_checks import (
     BELOW_ONE,
     FRACTION,
     NOT_NEGATIVE,
+    PART,
     POSITIVE,
     SHARE,
     Section,
@@ -267,8 +268,10 @@ class SchedulerSection(Section):
 class PhaseSection(Section):
     """A part of the run at an image size of its own; null: as the recipe has it, but batches of as many tokens."""
 
+    is_top_level: ClassVar[bool] = False
+
     image_size: int = field(metadata={"range": POSITIVE})
-    share: float | None = setting(None, SHARE)
+    share: float | None = setting(None, PART)
     batch_size: int | None = setting(None, POSITIVE)
     learning_rate_factor: float = setting(1.0, POSITIVE)
     patch_dropout: float | None = setting(None, BELOW_ONE)

@@ -1,7 +1,9 @@
 """The learning rate as a pure function of the step: no state, so that resuming needs the step alone.
 
 A schedule's ``factor(step)`` multiplies each parameter group's base learning rate; ``step`` counts the updates already
-made, so the first update is at step 0. Refuses schedules that do not fit into the steps of the run.
+made, so the first update is at step 0. Between whole steps it runs on smoothly.
+
+Refuses schedules that do not fit into the steps of the run.
 """
 
 import logging
@@ -22,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 class Schedule(Protocol):
-    """Base learning rate multiplier as a function of the step."""
+    """Base learning rate multiplier as a function of the step, which need not be whole: a bent run is between two."""
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         ...
 
 
-def _check_step(step: int) -> None:
+def _check_step(step: float) -> None:
     if step < 0:
         raise ValueError(f"step={step} is below 0; steps count the updates already made")
 
@@ -63,7 +65,7 @@ class LinearWarmupCosineLR:
         if not 0 <= self.warmup_steps <= self.total_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is not between 0 and total_steps={self.total_steps}")
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         _check_step(step)
         if step >= self.total_steps:
@@ -117,7 +119,7 @@ class CosineAnnealingWarmupRestarts:
         ends = list(accumulate(lengths))
         return (0, *(round(self.total_steps * end / ends[-1]) for end in ends))
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         _check_step(step)
         if step >= self.total_steps:
@@ -159,10 +161,13 @@ def _cosine_restarts(section: SchedulerSection, total_steps: int) -> Schedule:
 
 
 def create_scheduler(section: SchedulerSection, total_steps: int) -> Schedule:
-    """The schedule that a recipe names, over ``total_steps`` updates."""
-    if total_steps < 1:
-        raise ValueError(f"total_steps={total_steps} is below 1; a run needs at least one update")
-    return SCHEDULES.get(section.name)(section, total_steps)
+    """The schedule that a recipe names, over ``total_steps`` updates; InputError where it does not fit into them."""
+    factory = SCHEDULES.get(section.name)
+    try:
+        _check_common(total_steps, section.min_lr_ratio)
+        return factory(section, total_steps)
+    except ValueError as error:
+        raise InputError(f"scheduler.name={section.name} does not fit this run: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -180,14 +185,14 @@ class Course:
     end_step: int | None = None
 
 
-def plan_course(
-    before: Course | None, step: int, images_seen: int, updates_left: int, images_left: int, on_change: str
-) -> Course:
+def plan_course(before: Course | None, step: int, updates_left: int, updates_in_all: int, on_change: str) -> Course:
     """The course of a run that has made ``step`` updates and has ``updates_left``; ``before`` is what it was on.
 
-    Where the end has moved (other batch size, epochs or images), ``on_change`` says what the learning rate does.
-    "rescale": the rest of the schedule is spread over the updates left, from the share of images that has been seen,
-    so that another batch size alone does not move it. "keep": the old course, which may end early or late. "error":
+    ``updates_in_all``: of a run like this from its start, with the present settings and images. Where the end has moved
+    (other batch size, epochs or images), ``on_change`` says what the learning rate does. "rescale": the rest of the
+    schedule is spread over the updates left, from the share that such a run would have behind it in the same place, so
+    that another batch size alone does not move it. The share is one of updates, which is what the schedule counts:
+    phases make theirs of different numbers of images. "keep": the old course, which may end early or late. "error":
     InputError.
     """
     total_steps = step + updates_left
@@ -205,7 +210,7 @@ def plan_course(
     if on_change == "keep":
         logger.warning("%s; the learning rate keeps to its old course", moved)
         return replace(before, end_step=total_steps)
-    share = images_seen / (images_seen + images_left) if updates_left else 1.0
+    share = 1.0 - updates_left / updates_in_all if updates_left else 1.0
     logger.warning("%s; the learning rate goes on from %.1f %% of its schedule", moved, 100 * share)
     return Course(total_steps, step, share)
 
@@ -217,14 +222,14 @@ class CourseSchedule:
     inner: Schedule
     course: Course
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Multiplier for the update made after ``step`` updates."""
         course = self.course
         if course.start_step == 0:
             return self.inner.factor(step)
         left = max(1, course.total_steps - course.start_step)
         share = course.start_share + (1.0 - course.start_share) * (step - course.start_step) / left
-        return self.inner.factor(min(round(share * course.total_steps), course.total_steps))
+        return self.inner.factor(min(share * course.total_steps, course.total_steps))
 
 
 def scale_learning_rates(section: OptimizerSection, images_an_update: int) -> OptimizerSection:

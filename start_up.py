@@ -9,12 +9,20 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from Configuration_System import AugmentSection, FullConfig, PhaseSection, changed_settings, split_changes
+from Configuration_System import (
+    AugmentSection,
+    FullConfig,
+    OptimizerSection,
+    PhaseSection,
+    changed_settings,
+    split_changes,
+)
 from dataset_loader import DataLoader
 from model_architecture import SimplifiedTagger
 from Monitor_log import TrainingMonitor
@@ -22,15 +30,16 @@ from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_
 from tagger.alerts import Alerts
 from tagger.boundary import StepBoundary
 from tagger.checkpoint.follower import CheckpointFollower
-from tagger.checkpoint.format import LoadedCheckpoint, read_checkpoint
+from tagger.checkpoint.format import LoadedCheckpoint, list_checkpoints, read_checkpoint
 from tagger.config_io import digest, flat_values, save_yaml
 from tagger.data.augment import BatchAugment, Op
 from tagger.data.phases import PhasePlan
-from tagger.data.windows import Feed, Left
+from tagger.data.windows import Feed
 from tagger.data.yardstick import yardstick_sha256
 from tagger.distributed import ALONE, Ranks
 from tagger.errors import InputError
 from tagger.guard import UpdateGuard
+from tagger.launch import launched_as
 from tagger.meter import TrainingMeter
 from tagger.objective import TrainingObjective
 from tagger.ontology import ONTOLOGY_FILE
@@ -55,6 +64,8 @@ from validation_loop import Criterion, build_criterion, open_data_and_model
 from vocabulary import TagVocabulary
 
 logger = logging.getLogger(__name__)
+
+_FAR = 0.03  # of the run: how far from its place a phase begins without a word
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,37 @@ class Parts:
 
 
 def check(config: FullConfig) -> str:
-    """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing."""
-    if config.checkpoint.resume != "none":
-        resume_origin(config.run.folder, config.checkpoint.resume)
+    """What a run would use, for people; raises InputError for the first thing that would stop it. Writes nothing.
+
+    Of a run that goes on no checkpoint is read: what its place in the run means for the rest is not looked at.
+    """
+    folder, resume, training = RunFolder.beside(config.run.folder), config.checkpoint.resume, config.training
+    if resume != "none":
+        resume_origin(folder.path, resume)
+    rank, world_size = launched_as()
+    try:
+        require_shardable(training.parallel, Ranks(0, max(2, world_size)), config.optimizer.name)
+    except InputError as error:
+        if world_size > 1:
+            raise
+        logger.warning("in one process this trains, in several it does not: %s", error)
+    share = (rank, world_size)
     vocabulary, train_loader, validation_loader, model = open_data_and_model(
-        config, config.run.folder / "vocabulary.json"
+        config, folder.vocabulary_path, share=share
     )
+    is_new = resume == "none" or (resume == "auto" and not list_checkpoints(folder.checkpoints_dir))
+    if is_new and config.checkpoint.init_from is not None:
+        start_from(model, find_initial_weights(Path(config.checkpoint.init_from)), vocabulary.tags)
     build_criterion(config, vocabulary)
-    device = resolve_device(config.training.device)
+    device = resolve_device(training.device)
+    MixedPrecisionTrainer(training.mixed_precision, device)
+    create_optimizer(scaled_rates(config, world_size), model)
+    phases, feed = open_phases(config, train_loader)
+    updates = feed.left(None, 0)
+    create_scheduler(config.scheduler, max(sum(updates), 1))
+    create_augments(config, phases)
+    if is_new:
+        require_updates(phases, feed, updates, None)
     return (
         f"ready: {train_loader.num_rows} training and {validation_loader.num_rows} validation images, "
         f"{len(vocabulary)} tags, {model.num_parameters() / 1e6:.1f} M parameters on {device}"
@@ -141,8 +175,7 @@ def build(
     synchronise_norms(model, ranks, device)
     criterion = build_criterion(config, vocabulary).to(device)
     parallel = Parallel(TrainingObjective(model, criterion, config.loss.chunk_tags), model, ranks, training.parallel)
-    images_an_update = training.batch_size * training.accumulation_steps * ranks.world_size
-    rates = scale_learning_rates(config.optimizer, images_an_update)
+    rates = scaled_rates(config, ranks.world_size)
     state = TrainState(
         model,
         create_optimizer(rates, model),
@@ -157,24 +190,28 @@ def build(
         if state.position is not None:
             state.position = feed.loader_at(state.position, state.epoch).order.carry_over(state.position)
     remaining = feed.left(state.position, state.epoch)
-    left = sum(remaining.updates)
+    place = feed.plan.phase_at(state.epoch, state.position)
+    left = sum(remaining)
     saved = cast(dict[str, Any], state.extra)
     course = plan_course(
         None if loaded is None else Course(**saved["course"]),
         state.step,
-        state.samples_seen,
         left,
-        sum(remaining.images),
+        sum(feed.left(None, 0)),
         config.checkpoint.on_schedule_change,
     )
     state.extra["course"] = asdict(course)
-    for line in describe_phases(phases, feed, remaining) if len(phases) > 1 else ():
-        logger.info("%s", line)
+    # Before anything is written, since it refuses what does not fit into so many updates.
+    schedule = CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course)
+    if len(phases) > 1:
+        require_updates(phases, feed, remaining, None if loaded is None else place)
+        for line in describe_phases(phases, feed, remaining):
+            logger.info("%s", line)
     guard, meter = UpdateGuard(device), TrainingMeter()
     if loaded is not None:
         guard.load_state_dict(saved["guard"])
         meter.load_state_dict(saved["meter"], device)
-        before, now = saved.get("image_size"), phases[feed.plan.phase_at(state.epoch, state.position)].image_size
+        before, now = saved.get("image_size"), phases[place].image_size
         if before not in (None, now):
             logger.warning("this place in the run was in the phase of %d px and is in that of %d px now", before, now)
         if not left:
@@ -201,13 +238,13 @@ def build(
         model=model,
         parameters=tuple(p for p in model.parameters() if p.requires_grad),
         phases=phases,
-        augments=tuple(create_augment(phase.augment, config.data.background) for phase in phases),
+        augments=create_augments(config, phases),
         feed=feed,
         criterion=criterion,
         objective=parallel.objective,
         parallel=parallel,
         learning_rate=rates.learning_rate,
-        schedule=CourseSchedule(create_scheduler(config.scheduler, max(course.total_steps, 1)), course),
+        schedule=schedule,
         state=state,
         boundary=StepBoundary(model, device),
         guard=guard,
@@ -281,6 +318,12 @@ def find_checkpoint(
     return loaded
 
 
+def scaled_rates(config: FullConfig, world_size: int) -> OptimizerSection:
+    """The optimizer's settings with the learning rates of updates of as many images as those of `world_size` ranks."""
+    images_an_update = config.training.batch_size * config.training.accumulation_steps * world_size
+    return scale_learning_rates(config.optimizer, images_an_update)
+
+
 def resized_batch(config: FullConfig, image_size: int) -> int:
     """Images of this size with no more patches than a batch of the recipe, which is of `data.image_size`.
 
@@ -335,14 +378,55 @@ def open_phases(config: FullConfig, train_loader: DataLoader) -> tuple[tuple[Pha
     return phases, Feed(loaders, plan, config.training.accumulation_steps)
 
 
-def describe_phases(phases: Sequence[Phase], feed: Feed, left: Left) -> Iterator[str]:
-    """Each phase for people: its images, and what is left of it."""
+def require_updates(phases: Sequence[Phase], feed: Feed, left: Sequence[int], now: int | None) -> None:
+    """Raise InputError where a phase still to come gets none of the updates left, and warn where it starts elsewhere.
+
+    now: the phase that the run goes on in, those up to which are not looked at; None: it starts.
+    """
+    plan = feed.plan
+    edges = [*(start / plan.images_an_epoch for start in plan.starts), plan.num_epochs]
+    shares = [0.0, *accumulate(phase.share for phase in phases)]
+    for number, (phase, updates) in enumerate(zip(phases, left, strict=True)):
+        begins, asked = edges[number], shares[number] * plan.num_epochs
+        if now is not None and number <= now:
+            continue
+        name = f"training.phases, item {number + 1} of {len(phases)}"
+        if not updates:
+            raise InputError(
+                f"{name}: no update is left for its {phase.image_size} px (it was to go from {asked:.4g} to "
+                f"{shares[number + 1] * plan.num_epochs:.4g} of {plan.num_epochs} epochs and goes from {begins:.4g} to "
+                f"{edges[number + 1]:.4g}); use fewer phases, another share, smaller batches or, where data.fit is "
+                "buckets, data.fit=letterbox, with which a phase can begin anywhere"
+            )
+        if abs(begins - asked) > _FAR * plan.num_epochs:
+            message = (
+                "%s begins at %.4g epochs and not at %.4g, as the shares say: with data.fit=buckets a phase begins "
+                "where a window of batches does; with data.fit=letterbox anywhere"
+            )
+            logger.warning(message, name, begins, asked)
+
+
+def describe_phases(phases: Sequence[Phase], feed: Feed, left: Sequence[int]) -> Iterator[str]:
+    """Each phase for people: its images, and the updates left of it."""
     for number, (phase, start) in enumerate(zip(phases, feed.plan.starts, strict=True)):
         epochs = start / feed.plan.images_an_epoch
         yield (
             f"phase {number + 1} of {len(phases)}: {phase.image_size} px in batches of {phase.batch_size}, from "
-            f"{epochs:.4g} epochs on; {left.updates[number]} updates to come"
+            f"{epochs:.4g} epochs on; {left[number]} updates to come"
         )
+
+
+def create_augments(config: FullConfig, phases: Sequence[Phase]) -> tuple[BatchAugment, ...]:
+    """The operations of each phase; InputError, naming the phase, for one that is out of its range."""
+    built = []
+    for number, phase in enumerate(phases, 1):
+        try:
+            built.append(create_augment(phase.augment, config.data.background))
+        except InputError as error:
+            if phase.augment is config.augment:
+                raise
+            raise InputError(f"training.phases, item {number}: {error}") from error
+    return tuple(built)
 
 
 def create_augment(section: AugmentSection, background: Sequence[int]) -> BatchAugment:

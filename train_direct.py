@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,9 +29,10 @@ from tagger.cadence import due
 from tagger.command import command
 from tagger.data.windows import Window, accumulation_windows
 from tagger.distributed import Ranks
-from tagger.endings import Ending, diagnose
+from tagger.endings import Ending, diagnose, is_unknown
 from tagger.errors import DivergedError, InputError, LostFolderError, PeerFailedError, RunFailedError
 from tagger.files import write_json
+from tagger.launch import launched_as
 from tagger.logs import log_as_rank, log_to_console
 from tagger.options import Parser
 from tagger.output import print_if_read
@@ -245,14 +245,14 @@ def start(config: FullConfig, folder: RunFolder, stop: StopRequest, alerts: Aler
         return build(config, folder, stop, alerts, ranks)
     except Exception as first:
         error = ranks.explain(first)
-        if not isinstance(error, InputError):
-            logger.exception("the run could not start")
         ending = diagnose(error)
+        if not isinstance(error, InputError):
+            logger.exception("the run could not start: %s", ending.reason)
         ranks.report(ending)
         text = f"{folder.name}: could not start: {ending.reason}"
         alerts.send("could not start", text, run=folder.name, status=ending.status, exit_code=ending.exit_code)
         folder.discard_if_new()
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) or (folder.is_new and is_unknown(error)):  # its train.log is gone
             raise
         raise RunFailedError(str(ending.reason), ending.exit_code or 1) from error
 
@@ -275,7 +275,7 @@ def follow(config: FullConfig, ranks: Ranks) -> int:
             error = ranks.explain(first)
             ending = diagnose(error)
             ranks.report(ending)
-            if isinstance(error, InputError):
+            if isinstance(error, InputError) or is_unknown(error):  # nothing but the console has the traceback
                 raise
             if not isinstance(error, PeerFailedError):  # which rank 0 tells
                 logger.exception("%s", ending.reason)
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [*options.overrides, *(f"{key}={value}" for key, value in named.items() if value)]
     config = load_config(options.config, words)
     check_paths(config)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = launched_as()[0] == 0
     if options.validate_only:
         found = check(config)
         if is_main:

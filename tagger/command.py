@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Self
 
 from tagger.errors import PATH_ERRORS, InputError, RunFailedError
+from tagger.launch import launched_as
 from tagger.stop import SAME_REQUEST_S, SIGNALS
 
 P = ParamSpec("P")
@@ -177,8 +178,8 @@ def _failed(error: Exception) -> int | None:
 
 
 def _say(line: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":  # one of several processes of a run
+    rank, _ = launched_as()
+    if rank:  # one of several processes of a run
         line = f"rank {rank}: {line}"
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a console that is closed or absent
         sys.stderr.write(line + "\n")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tagger.config_io import ConfigError
 
@@ -55,6 +55,7 @@ POSITIVE = Range(lambda x: x > 0 and math.isfinite(x), "is not above 0 or not fi
 NOT_NEGATIVE = Range(lambda x: x >= 0 and math.isfinite(x), "is below 0 or not finite", "use 0 or a positive number")
 FRACTION = Range(lambda x: 0 <= x <= 1, "is not between 0 and 1", "use a share, e.g. 0.1")
 SHARE = Range(lambda x: 0 < x < 1, "is not between 0 and 1", "use a share, e.g. 0.1")
+PART = Range(lambda x: 0 < x <= 1, "is not above 0 and at most 1", "use a share, e.g. 0.8")
 BELOW_ONE = Range(lambda x: 0 <= x < 1, "is not in 0 <= x < 1", "0 turns it off")
 
 
@@ -65,13 +66,18 @@ def setting(default: float | None, allowed: Range) -> Any:
 
 @dataclass
 class Section:
-    """A group of settings; each number is held to the range that its field declares."""
+    """A group of settings; each number is held to the range that its field declares.
+
+    is_top_level: messages name the section; an item of a list is named by who reads the list.
+    """
+
+    is_top_level: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        section = type(self).__name__.removesuffix("Section").lower()
+        prefix = type(self).__name__.removesuffix("Section").lower() + "." if self.is_top_level else ""
         for each in fields(self):
             if "range" in each.metadata:
-                each.metadata["range"].check(f"{section}.{each.name}", getattr(self, each.name))
+                each.metadata["range"].check(f"{prefix}{each.name}", getattr(self, each.name))
 
 
 def existing_files(**names: str | None) -> None:

@@ -153,7 +153,13 @@ def _check_items(source: str, key: str, items: list[Any], hint: Any) -> None:
         for name in needed:
             if name not in item:
                 raise ConfigError(f"{source}: {place} has no {name}; write it as in {name}: ...")
-        _merge(OmegaConf.structured(group), Layer(f"{source}: {place}", _flatten(item)), hints)
+        merged = _merge(OmegaConf.structured(group), Layer(f"{source}: {place}", _flatten(item)), hints)
+        try:
+            OmegaConf.to_object(merged)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {place}: {error}") from error
+        except OmegaConfBaseException:
+            continue  # a value that is missing, which the whole tree tells
 
 
 def _group_of(hint: Any) -> type | None:

@@ -58,6 +58,11 @@ def diagnose(error: BaseException) -> Ending:
     return Ending("failed", 1, f"{type(error).__name__}: {text}")
 
 
+def is_unknown(error: BaseException) -> bool:
+    """Whether it may be a fault of the program: one of no known kind, whose traceback is all that tells of it."""
+    return diagnose(error).exit_code == 1 and not isinstance(error, PeerFailedError)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or device memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

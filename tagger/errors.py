@@ -1,7 +1,7 @@
 """How a command ends when something is wrong: kinds of error, and the exit code that tells them apart.
 
 0        done (also: stopped by a STOP file, with a checkpoint)
-1        anything else; the traceback is in train.log
+1        anything else; the traceback is in train.log, or on the console where there is none
 2        bad configuration or input
 3        too many images refused
 4        the loss or its gradient is no longer a number

@@ -55,16 +55,15 @@ class EpochOrder:
     def rest(self, epoch: int, position: Mapping[str, int] | None) -> "EpochRest":
         """What is left of an epoch after a position in it; None: all of it."""
         start = 0 if position is None else self.sample_at(position)
-        return EpochRest(self, epoch, start, self.plan.spans(start))
+        return EpochRest(self, epoch, self.plan.spans(start))
 
 
 @dataclass(frozen=True)
 class EpochRest:
-    """The batches of one rank from sample `start` of an epoch to its end."""
+    """The batches of one rank from some sample of an epoch to its end."""
 
     order: EpochOrder
     epoch: int
-    start: int
     spans: Spans
 
     def __len__(self) -> int:
@@ -73,7 +72,3 @@ class EpochRest:
     def position_after(self, num_batches: int) -> Position:
         """The position after the first `num_batches` of them; 1 or more."""
         return self.order.position(self.spans.done_after(num_batches), self.epoch)
-
-    def num_samples(self, num_batches: int) -> int:
-        """Images of the first `num_batches` of them, of all ranks together."""
-        return self.spans.done_after(num_batches) - self.start if num_batches else 0

@@ -59,25 +59,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Leg:
-    """Batches in a row, of one rank, in one epoch and one phase, from `position` (None: the epoch's start).
-
-    `num_images` are those of all ranks.
-    """
+    """Batches in a row, of one rank, in one epoch and one phase, from `position` (None: the epoch's start)."""
 
     phase: int
     epoch: int
     position: Mapping[str, int] | None
     num_batches: int
-    num_images: int
     ends_epoch: bool
-
-
-@dataclass(frozen=True)
-class Left:
-    """What a run still has before it, by phase: updates, and images of all ranks."""
-
-    updates: tuple[int, ...]
-    images: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -105,16 +93,15 @@ class Feed:
             num_batches = min(windows * self.size, len(rest))
             after = rest.position_after(num_batches)
             beyond = self.loaders[self.plan.phase_at(epoch, after)].order.rest(epoch, after)
-            yield Leg(phase, epoch, position, num_batches, rest.num_samples(num_batches), not len(beyond))
+            yield Leg(phase, epoch, position, num_batches, not len(beyond))
             position = after
 
-    def left(self, position: Mapping[str, int] | None, epoch: int) -> Left:
-        """What `accumulation_windows` of the same arguments gives, counted."""
-        updates, images = [0] * len(self.loaders), [0] * len(self.loaders)
+    def left(self, position: Mapping[str, int] | None, epoch: int) -> tuple[int, ...]:
+        """The updates of each phase that `accumulation_windows` of the same arguments gives."""
+        updates = [0] * len(self.loaders)
         for leg in self.legs(position, epoch):
             updates[leg.phase] += self._windows(leg.num_batches)
-            images[leg.phase] += leg.num_images
-        return Left(tuple(updates), tuple(images))
+        return tuple(updates)
 
     def loader_at(self, position: Mapping[str, int] | None, epoch: int) -> EpochLoader:
         """Whose turn it is after a position."""

@@ -84,8 +84,11 @@ def test_the_rule_of_learning_rates_by_batch_size_holds_in_every_phase() -> None
         ("[{image_size: 112}, {image_size: 224}]", "phase 1 of 2 has no share of the images; give it one"),
         ("[{image_size: 112, share: 0.5}, {image_size: 224, share: 0.4}]", "the shares are 0.9 together; lower them"),
         ("[{image_size: 112, share: 0.6}, {image_size: 112, share: 0.4}, {image_size: 224}]", "shares are 1 together"),
-        ("[{image_size: 112, share: 1.5}, {image_size: 224}]", "share=1.5 is not between 0 and 1"),
-        ("[{image_size: 112, share: 0.5, batch_size: 0}, {image_size: 224}]", "batch_size=0 is not above 0"),
+        ("[{image_size: 112, share: 1.5}, {image_size: 224}]", "training.phases, item 1: share=1.5 is not above 0 and"),
+        ("[{image_size: 112, share: 0.5}, {image_size: 224, batch_size: 0}]", "item 2: batch_size=0 is not"),
+        ("[{image_size: 224, augment: {blur: {probability: 2, strength: 1}}}]", "item 1: augment.blur.probability=2"),
+        ("[{image_size: 224, augment: {blur: {probability: 1}}}]", "blur.strength must be set too"),
+        ("[{image_size: 112, share: 1.0}, {image_size: 224}]", "the shares are 1 together"),
         ("[{share: 0.5}, {image_size: 224}]", "training.phases, item 1 has no image_size; write it as in image_size:"),
         ("[{image_sice: 112}]", "training.phases, item 1: unknown setting 'image_sice'; did you mean 'image_size'?"),
         ("[{image_size: 224, augment: {blurr: null}}]", "unknown setting 'augment.blurr'; did you mean 'augment.blur'"),
@@ -98,6 +101,10 @@ def test_phases_that_make_no_run_are_refused_with_what_to_do(phases: str, messag
     with pytest.raises(ConfigError) as error:
         load_config(RECIPE, [f"training.phases={phases}"], environment={})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_single_phase_may_say_that_it_has_all_images() -> None:
+    assert phases_of("training.phases=[{image_size: 224, share: 1.0}]") == phases_of()
 
 
 def test_a_phase_too_small_for_buckets_is_refused() -> None:
@@ -240,3 +247,81 @@ def test_saved_phases_are_read_back(tmp_path: Path) -> None:
     save_yaml(config, tmp_path / "config.yaml")
     again: FullConfig = load_config(tmp_path / "config.yaml", environment={})
     assert again == config
+
+
+def learning_rates(folder: Path) -> dict[int, float]:
+    lines = [orjson.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+    return {int(line["step"]): line["train/learning_rate"] for line in lines if "train/loss" in line}
+
+
+@pytest.mark.parametrize(
+    ("changed", "same_place"),
+    # Two updates of phase 1 make an epoch, with the smaller batches five.
+    [("training.batch_size=2", 3 * 5 + 2), ("training.num_epochs=6", 3 * 2 + 1)],
+)
+def test_an_end_that_moves_leaves_the_learning_rate_where_a_run_of_the_new_plan_would_have_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, same_place: int
+) -> None:
+    # Four of five epochs are at the small size, and make eight of nineteen updates.
+    phases = "training.phases=[{image_size: 16, share: 0.8}, {image_size: 32}]"
+    words = [phases, "training.num_epochs=5", "scheduler.warmup_fraction=0"]
+    inner = train_direct.train_step
+
+    def stopping(parts: start_up.Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+        if parts.state.step == 6:
+            parts.folder.stop_path.touch()
+            parts.stop._looked_at = 0.0
+        return inner(parts, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_direct, "train_step", stopping)
+        assert train_direct.main(arguments(images, tmp_path, "run", *words)) == 0
+    assert max(learning_rates(tmp_path / "run")) == 7
+    assert train_direct.main(arguments(images, tmp_path, "run", *words, changed, "--resume", "latest")) == 0
+    assert train_direct.main(arguments(images, tmp_path, "straight", *words, changed)) == 0
+    rates, straight = learning_rates(tmp_path / "run"), learning_rates(tmp_path / "straight")
+    assert [rates[step] for step in range(8, max(rates) + 1)] == pytest.approx(
+        [straight[step] for step in range(same_place + 1, max(straight) + 1)], rel=1e-9
+    )
+
+
+BUCKETS = ("data.fit=buckets", "data.image_size=32", "model.patch_size=8")
+
+
+def buckets_of(first: float) -> tuple[str, ...]:
+    """45 images, whose buckets have one window an epoch: phases begin where epochs do."""
+    return (*BUCKETS, f"training.phases=[{{image_size: 24, share: {first}}}, {{image_size: 32}}]")
+
+
+@pytest.mark.parametrize(
+    ("words", "item", "place"),
+    [
+        ((*buckets_of(0.9), "training.num_epochs=3"), "item 2 of 2", "from 2.7 to 3 of 3 epochs and goes from 3 to 3"),
+        ((*buckets_of(0.1), "training.num_epochs=3"), "item 1 of 2", "from 0 to 0.3 of 3 epochs and goes from 0 to 0"),
+        (
+            ("training.phases=[{image_size: 16, share: 0.99}, {image_size: 32}]",),
+            "item 2 of 2",
+            "from 2.97 to 3 of 3 epochs",
+        ),
+    ],
+)
+def test_a_phase_without_an_update_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], item: str, place: str
+) -> None:
+    assert train_direct.main(arguments(images, tmp_path, "run", *words)) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    assert f"training.phases, {item}: no update is left" in line and place in line and "fewer phases" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_phase_that_begins_far_from_its_place_is_told_and_one_that_is_over_is_not(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = buckets_of(0.4)
+    assert train_direct.main(arguments(images, tmp_path, "run", *words, "training.num_epochs=3")) == 0
+    assert "item 2 of 2 begins at 1 epochs and not at 1.2, as the shares say" in caplog.text
+    caplog.clear()
+    # Of four epochs phase 2 would begin after 2 and not 1.6, which is behind the run.
+    more = (*words, "training.num_epochs=4", "--resume", "latest")
+    assert train_direct.main(arguments(images, tmp_path, "run", *more)) == 0
+    assert "as the shares say" not in caplog.text

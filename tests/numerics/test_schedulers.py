@@ -14,6 +14,8 @@ from Configuration_System import OptimizerSection, SchedulerSection
 from schedulers import (
     SCHEDULES,
     CosineAnnealingWarmupRestarts,
+    Course,
+    CourseSchedule,
     LinearWarmupCosineLR,
     apply,
     create_scheduler,
@@ -184,6 +186,25 @@ def test_create_scheduler_builds_what_the_recipe_names():
 
 def test_the_warmup_of_a_recipe_always_leaves_a_step_at_the_peak():
     assert create_scheduler(SchedulerSection(warmup_fraction=0.99), 1) == LinearWarmupCosineLR(1, 0, 0.01)
+
+
+@pytest.mark.parametrize(
+    "schedule", [LinearWarmupCosineLR(40, 10, 0.1), CosineAnnealingWarmupRestarts(40, 2, 0.25, min_lr_ratio=0.1)]
+)
+def test_between_whole_steps_a_schedule_runs_on_smoothly(schedule):
+    assert [schedule.factor(float(step)) for step in range(41)] == [schedule.factor(step) for step in range(41)]
+    for step in range(19):
+        low, high = sorted((schedule.factor(step), schedule.factor(step + 1)))
+        assert low < schedule.factor(step + 0.5) < high
+
+
+def test_a_schedule_that_is_stretched_falls_at_every_update():
+    course = Course(400, start_step=20, start_share=0.8)
+    schedule = CourseSchedule(LinearWarmupCosineLR(400), course)
+    factors = [schedule.factor(step) for step in range(20, 400)]
+    assert all(earlier > later for earlier, later in pairwise(factors))
+    assert factors[0] == pytest.approx(LinearWarmupCosineLR(400).factor(320))
+    assert schedule.factor(400) == 0.0
 
 
 def two_groups(**options: object) -> torch.optim.Optimizer:

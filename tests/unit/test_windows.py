@@ -72,7 +72,7 @@ def windows_of(feed: Feed, position: Position | None = None, epoch: int = 0) -> 
     left = feed.left(position, epoch)
     for phase in range(len(feed.loaders)):
         own = [window for window in windows if window.phase == phase]
-        assert (left.updates[phase], left.images[phase]) == (len(own), sum(window.num_images for window in own))
+        assert left[phase] == len(own)
     return windows
 
 
@@ -210,7 +210,7 @@ def test_with_buckets_a_phase_starts_where_its_own_order_has_a_window() -> None:
         assert feed_of(loaders, [share, 1 - share], 1, 1).plan.starts == (0, expected)
 
 
-def test_ranks_change_phase_at_the_same_update_and_count_the_images_of_all() -> None:
+def test_ranks_change_phase_at_the_same_update() -> None:
     found = []
     for rank in range(2):
         sampler = RowSampler(np.arange(21), 7)
@@ -218,8 +218,7 @@ def test_ranks_change_phase_at_the_same_update_and_count_the_images_of_all() -> 
         feed = feed_of([MemoryLoader(plan) for plan in plans], [0.7, 0.3], 2, 1)
         windows = list(accumulation_windows(feed, None, 0))
         found.append([(w.phase, w.epoch, w.ends_epoch, w.position) for w in windows])
-        left = feed.left(None, 0)
-        assert (sum(left.updates), sum(left.images)) == (len(windows), 2 * sum(w.num_images for w in windows))
+        assert sum(feed.left(None, 0)) == len(windows)
     assert found[0] == found[1] and {phase for phase, *_ in found[0]} == {0, 1}
 
 
