@@ -154,12 +154,12 @@ def _check_items(source: str, key: str, items: list[Any], hint: Any) -> None:
             if name not in item:
                 raise ConfigError(f"{source}: {place} has no {name}; write it as in {name}: ...")
         merged = _merge(OmegaConf.structured(group), Layer(f"{source}: {place}", _flatten(item)), hints)
+        if OmegaConf.missing_keys(merged):
+            continue  # which the whole tree tells
         try:
             OmegaConf.to_object(merged)
         except ConfigError as error:
             raise ConfigError(f"{source}: {place}: {error}") from error
-        except OmegaConfBaseException:
-            continue  # a value that is missing, which the whole tree tells
 
 
 def _group_of(hint: Any) -> type | None:
