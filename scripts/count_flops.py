@@ -14,12 +14,12 @@ from rich.table import Table
 
 from Configuration_System import FullConfig, load_config
 from model_architecture import SimplifiedTagger, create_model
-from start_up import Phase, resolve_phases
 from tagger.command import command
 from tagger.files import write_json
 from tagger.flops import training_flops
 from tagger.logs import log_to_console
 from tagger.options import Parser, output_file, whole
+from training_phases import Phase, resolve_phases
 from validation_loop import open_data_and_model
 
 

@@ -32,12 +32,14 @@ CHAPTERS = {
     "training_utils",
     "evaluation_metrics",
     "Monitor_log",
+    "training_phases",
 }
 CHAPTER_EDGES = {
     ("dataset_loader", "vocabulary"),
     ("dataset_loader", "orientation_handler"),
     ("orientation_handler", "vocabulary"),
     ("training_utils", "schedulers"),
+    ("training_phases", "dataset_loader"),
 }
 COMMANDS = {"train_direct", "validation_loop"}
 START_UP = "start_up"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import start_up
+import training_phases
 import train_direct
 from Configuration_System import AugmentOperation, AugmentSection, FullConfig, PhaseSection, load_config
 from tagger.artifact import load_artifact
@@ -41,13 +42,13 @@ LAST = "{image_size: 32, learning_rate_factor: 0.5}"
 FIRST = "{image_size: 16, share: 0.5, patch_dropout: 0.5, augment: {brightness: {probability: 1, strength: 0.2}}}"
 
 
-def phases_of(*words: str) -> tuple[start_up.Phase, ...]:
-    return start_up.resolve_phases(load_config(RECIPE, words, environment={}))
+def phases_of(*words: str) -> tuple[training_phases.Phase, ...]:
+    return training_phases.resolve_phases(load_config(RECIPE, words, environment={}))
 
 
 def test_without_phases_a_run_has_one_that_is_the_recipe() -> None:
     (phase,) = phases_of("training.batch_size=24", "data.image_size=96", "model.patch_dropout=0.25")
-    assert phase == start_up.Phase(96, 1.0, 24, 1.0, 0.25, AugmentSection())
+    assert phase == training_phases.Phase(96, 1.0, 24, 1.0, 0.25, AugmentSection())
     assert phases_of("training.phases=null") == phases_of("training.phases=[]") == phases_of()
 
 

@@ -9,8 +9,8 @@ from Configuration_System import FullConfig, load_config
 from loss_functions import create_loss
 from model_architecture import SimplifiedTagger, create_model
 from scripts.gpu_bench.flops import training_flops
-from start_up import resized_batch, resolve_phases
 from tagger.preprocess import Preprocess
+from training_phases import resized_batch, resolve_phases
 from training_utils import create_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
