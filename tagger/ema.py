@@ -3,9 +3,9 @@
     average <- average + (1 - d) * (weights - average),   d = min(decay, (1 + t) / (10 + t)) at update t = 1, 2, ...
 
 The warm-up of d (as in TensorFlow's ExponentialMovingAverage) keeps the random start out of the average. An update
-that was left out counts as one of t, since the host does not know of it: after the 16 that fp16 may lose while its scale
-finds its place, the start has a weight of 2e-7 in the average of the next 100 updates. Buffers, such as the running
-statistics of batch norm, are averages already and are copied. Refuses a decay outside 0..1.
+that was left out counts as one of t, since the host does not know of it: after the 16 that fp16 may lose while its
+scale finds its place, the start has a weight of 2e-7 in the average of the next 100 updates. Buffers, such as the
+running statistics of batch norm, are averages already and are copied. Refuses a decay outside 0..1.
 """
 
 from collections.abc import Iterator, Mapping

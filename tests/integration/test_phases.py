@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import start_up
-import training_phases
 import train_direct
+import training_phases
 from Configuration_System import AugmentOperation, AugmentSection, FullConfig, PhaseSection, load_config
 from tagger.artifact import load_artifact
 from tagger.config_io import ConfigError, save_yaml
