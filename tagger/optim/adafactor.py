@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tagger.optim.skipping import Closure, Group, Member, alike, move, stacked, usable_gradients
+from tagger.optim.skipping import Closure, Group, Member, alike, loss_of, move, stacked, usable_gradients
 
 # The second moment is averaged with 1 - t ** -DECAY_POWER at update t, at most betas[1] (Shazeer & Stern 2018, 7.2).
 DECAY_POWER = 0.8
@@ -39,10 +39,7 @@ class Adafactor(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for members in alike(self.param_groups, _SETTINGS):
             self._step_alike(members)
         return loss

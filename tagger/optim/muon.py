@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tagger.optim.adamw import AdamW
-from tagger.optim.skipping import Closure, Group, Member, alike, move, stacked, usable_gradients
+from tagger.optim.skipping import Closure, Group, Member, alike, loss_of, move, stacked, usable_gradients
 
 # The quintic of Jordan 2024 and how often it is applied; torch's defaults.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -56,10 +56,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One update of every matrix that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for members in alike(self.param_groups, _SETTINGS):
             self._step_alike(members)
         return loss
@@ -149,10 +146,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One update by both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in (self.muon, self.adamw):
             part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
             part.step()

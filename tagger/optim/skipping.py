@@ -54,6 +54,14 @@ def alike(groups: Sequence[Group], settings: Sequence[str]) -> Iterator[list[Mem
             yield members[start : start + together]
 
 
+def loss_of(closure: Closure | None) -> float | None:
+    """What the closure of a `step` gives, worked out with gradients; None where there is none."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """[K, ...] of K tensors of one shape; a view where there is one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
