@@ -193,11 +193,13 @@ class ModelSection(Section):
     num_heads: int | None = setting(None, POSITIVE)
     mlp_ratio: float | None = setting(None, POSITIVE)
     stem: Literal["patch", "conv"] = "patch"
-    pooling: Literal["mean", "class_token"] = "mean"
+    pooling: Literal["mean", "class_token", "grid"] = "mean"
+    pooling_grid: int = setting(3, POSITIVE)
     qk_norm: bool = False
     layer_scale_init: float | None = setting(None, POSITIVE)
     drop_path: float = setting(0.0, BELOW_ONE)
     dropout: float = setting(0.0, BELOW_ONE)
+    head_dropout: float = setting(0.0, BELOW_ONE)
     patch_dropout: float = setting(0.0, BELOW_ONE)
     head_bias: Literal["log_prior", "zero"] = "log_prior"
     positions: Literal["learned", "rotary"] = "learned"

@@ -10,7 +10,7 @@ State-dict names (stable; `N` is the block):
     register_tokens [1, R, D] (where there are any)
     blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
     blocks.N.{attn.q_norm,attn.k_norm}.{weight,bias} (qk_norm), blocks.N.{ls1,ls2}.gamma (layer_scale_init)
-    norm.{weight,bias}, head.weight [C, D], head.bias [C]
+    norm.{weight,bias}, head.weight [C, F], head.bias [C] (F: D, with grid pooling D * cells)
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from tagger.attention import AttentionShape, pinned_attention
 from tagger.config_io import ConfigError
 from tagger.devices import product_dtype
 from tagger.layers import NORM_EPS, Attention, LayerScale, Mlp, StochasticDepth
+from tagger.pooling import GridPooling, mean_pooling
 from tagger.registry import Registry
 from tagger.rotary import RotaryTable, Rotation, rotation_of
 from tagger.tokens import (
@@ -43,7 +44,6 @@ from tagger.tokens import (
 
 _LOGGER = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Rgb = tuple[float, float, float]
 DEFAULT_MEAN: Rgb = (0.5, 0.5, 0.5)
 DEFAULT_STD: Rgb = (0.5, 0.5, 0.5)
@@ -82,11 +82,13 @@ class VisionTransformerConfig:
     mlp_ratio: float
     num_tags: int
     stem: Literal["patch", "conv"] = "patch"
-    pooling: Literal["mean", "class_token"] = "mean"
+    pooling: Literal["mean", "class_token", "grid"] = "mean"
+    pooling_grid: int = 3
     qk_norm: bool = False
     layer_scale_init: float | None = None
     drop_path: float = 0.0
     dropout: float = 0.0
+    head_dropout: float = 0.0
     patch_dropout: float = 0.0
     mask_padding: bool = False
     positions: Literal["learned", "rotary"] = "learned"
@@ -95,18 +97,27 @@ class VisionTransformerConfig:
     std: Rgb = DEFAULT_STD
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_tags", "register_tokens"):
+        for name in (
+            "image_size",
+            "patch_size",
+            "embed_dim",
+            "depth",
+            "num_heads",
+            "num_tags",
+            "register_tokens",
+            "pooling_grid",
+        ):
             value: object = getattr(self, name)
             least = 0 if name == "register_tokens" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{_setting(name)}={value!r} is not a whole number, {least} or more")
         _check_choice("stem", self.stem, ("patch", "conv"))
-        _check_choice("pooling", self.pooling, ("mean", "class_token"))
+        _check_choice("pooling", self.pooling, ("mean", "class_token", "grid"))
         _check_choice("positions", self.positions, ("learned", "rotary"))
         for name in ("qk_norm", "mask_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not true or false; use one of the two")
-        for name in ("drop_path", "dropout", "patch_dropout"):
+        for name in ("drop_path", "dropout", "head_dropout", "patch_dropout"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not in 0 <= x < 1; 0 turns it off")
         if not (_is_number(self.mlp_ratio) and int(self.embed_dim * self.mlp_ratio) >= 1):
@@ -133,6 +144,11 @@ class VisionTransformerConfig:
     def grid_size(self) -> int:
         """Tokens along a side at `image_size`."""
         return self.image_size // self.patch_size
+
+    @property
+    def num_features(self) -> int:
+        """Numbers an image is pooled into, which the head reads."""
+        return self.embed_dim * (self.pooling_grid**2 if self.pooling == "grid" else 1)
 
     def to_dict(self) -> dict[str, object]:
         """The config as what JSON can hold; `from_dict` gives an equal one back."""
@@ -182,10 +198,6 @@ def _check_rgb(name: str, value: Sequence[float]) -> Rgb:
     return (float(value[0]), float(value[1]), float(value[2]))
 
 
-def _own_or(own: T | None, preset: T) -> T:
-    return preset if own is None else own
-
-
 def resolve_model_config(
     section: ModelSection,
     *,
@@ -195,28 +207,13 @@ def resolve_model_config(
     std: Rgb = DEFAULT_STD,
 ) -> VisionTransformerConfig:
     """The dimensions that a `model` section means: its preset, with what the section sets itself on top."""
-    preset = PRESET_DIMENSIONS[section.preset]
-    return VisionTransformerConfig(
-        image_size=image_size,
-        patch_size=_own_or(section.patch_size, preset.patch_size),
-        embed_dim=_own_or(section.embed_dim, preset.embed_dim),
-        depth=_own_or(section.depth, preset.depth),
-        num_heads=_own_or(section.num_heads, preset.num_heads),
-        mlp_ratio=_own_or(section.mlp_ratio, preset.mlp_ratio),
-        num_tags=num_tags,
-        stem=section.stem,
-        pooling=section.pooling,
-        qk_norm=section.qk_norm,
-        layer_scale_init=section.layer_scale_init,
-        drop_path=section.drop_path,
-        dropout=section.dropout,
-        patch_dropout=section.patch_dropout,
-        mask_padding=section.mask_padding,
-        positions=section.positions,
-        register_tokens=section.register_tokens,
-        mean=mean,
-        std=std,
-    )
+    preset = dataclasses.asdict(PRESET_DIMENSIONS[section.preset])
+    values: dict[str, Any] = {"num_tags": num_tags, "image_size": image_size, "mean": mean, "std": std}
+    for field in dataclasses.fields(VisionTransformerConfig):
+        if field.name not in values:
+            own = getattr(section, field.name)
+            values[field.name] = preset.get(field.name) if own is None else own
+    return VisionTransformerConfig(**values)
 
 
 class TransformerBlock(nn.Module):
@@ -306,7 +303,9 @@ class SimplifiedTagger(nn.Module):
         )
         self.drop_path = StochasticDepth(config.drop_path, config.depth)
         self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
-        self.head = nn.Linear(config.embed_dim, config.num_tags)
+        self._pool_cells = GridPooling(config.pooling_grid) if config.pooling == "grid" else None
+        self.head_drop = nn.Dropout(config.head_dropout)
+        self.head = nn.Linear(config.num_features, config.num_tags)
         self._num_prefix_tokens = config.register_tokens + (self.cls_token is not None)
         self._resize_positions = PositionResizer((config.grid_size, config.grid_size))
         head_dim = config.embed_dim // config.num_heads
@@ -354,7 +353,7 @@ class SimplifiedTagger(nn.Module):
         return logits
 
     def forward_features(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
-        """Pooled features [B, D] of uint8 images; `head` turns them into logits. Arguments as for `forward`."""
+        """Pooled features [B, F] of uint8 images; `head` turns them into logits. Arguments as for `forward`."""
         if images.dtype != torch.uint8:
             raise ValueError(
                 f"images are {str(images.dtype).removeprefix('torch.')}; expected uint8, 0..255 (the model normalises "
@@ -372,7 +371,7 @@ class SimplifiedTagger(nn.Module):
         return images.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
 
     def encode(self, pixels: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
-        """Pooled features [B, D] of pixels [B, 3, H, W] from `normalise`."""
+        """Pooled features [B, F] of pixels [B, 3, H, W] from `normalise`."""
         grid = self._grid(pixels)
         token_mask = None
         if valid_sizes is not None and self.config.mask_padding:
@@ -393,12 +392,13 @@ class SimplifiedTagger(nn.Module):
         return images.shape[2] // side, images.shape[3] // side
 
     def _mix(self, tokens: Tensor, grid: tuple[int, int], token_mask: Tensor | None) -> Tensor:
-        """Positions, extra tokens, blocks and pooling: patch tokens [B, rows * columns, D] -> features [B, D]."""
+        """Positions, extra tokens, blocks and pooling: patch tokens [B, rows * columns, D] -> features [B, F]."""
         # The residual stream keeps the weights' dtype, whatever the stem gave under autocast.
         tokens = tokens.to(self.pixel_scale.dtype)
         if self.pos_embed is not None:
             tokens = tokens + self._resize_positions(self.pos_embed, grid)
         rotation = None if self._rotary is None else self._rotary(grid, self.pixel_scale)
+        kept = None
         if self.training and self.patch_dropout > 0:
             kept = draw_kept_tokens(tokens, self.patch_dropout, token_mask)
             tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
@@ -412,7 +412,15 @@ class SimplifiedTagger(nn.Module):
         with pinned_attention(self._attention_shape(tokens, key_mask), tokens.device):
             for block, factors in zip(self.blocks, self.drop_path(tokens), strict=True):
                 tokens = block(tokens, key_mask, rotation, factors)
-        return self._pool(self.norm(tokens), token_mask)
+        tokens = self.norm(tokens)
+        if self.cls_token is not None:
+            pooled = tokens[:, 0]
+        elif self._pool_cells is not None:
+            pooled = self._pool_cells(tokens[:, self._num_prefix_tokens :], grid, token_mask, kept)
+        else:
+            pooled = mean_pooling(tokens[:, self._num_prefix_tokens :], token_mask)
+        features: Tensor = self.head_drop(pooled)
+        return features
 
     def _attention_shape(self, tokens: Tensor, key_mask: Tensor | None) -> AttentionShape:
         return AttentionShape(
@@ -423,15 +431,6 @@ class SimplifiedTagger(nn.Module):
             masked=key_mask is not None,
             trains=torch.is_grad_enabled(),
         )
-
-    def _pool(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
-        if self.cls_token is not None:
-            return tokens[:, 0]
-        tokens = tokens[:, self._num_prefix_tokens :]
-        if token_mask is None:
-            return tokens.mean(dim=1)
-        weights = token_mask.to(tokens.dtype)[:, :, None]
-        return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
 
     def num_parameters(self) -> int:
         """How many numbers training moves."""

@@ -255,7 +255,7 @@ def test_attention_is_measured_in_the_layout_of_the_model(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_matrix_products_counted_are_those_of_the_formula(registers: int, pooling: str, size: tuple[int, int]) -> None:
     section = dataclasses.replace(_SMALL, pooling=pooling, depth=2, register_tokens=registers)

@@ -225,7 +225,7 @@ def test_logits_are_the_head_of_the_features() -> None:
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_an_image_scores_the_same_in_any_batch(stem: str, pooling: str) -> None:
     model = _model(stem=stem, pooling=pooling)
     images = _images(4)
@@ -266,7 +266,7 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_gradient_reaches_every_parameter(stem: str, pooling: str) -> None:
     torch.manual_seed(0)
     model = SimplifiedTagger(_config(stem=stem, pooling=pooling, qk_norm=True, layer_scale_init=1e-5)).train()
@@ -281,7 +281,7 @@ def test_drop_path_and_dropout_do_nothing_in_evaluation() -> None:
         assert torch.equal(_model(drop_path=0.5, dropout=0.5)(images), _model()(images))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_a_new_model_predicts_the_prior_of_each_tag(pooling: typing.Any) -> None:
     torch.manual_seed(0)
     priors = torch.tensor([0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 0.95])
@@ -366,7 +366,7 @@ def test_content_mask_marks_cells_that_hold_a_content_pixel(
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_masked_padding_has_no_influence(stem: str, pooling: str) -> None:
     model = _model(stem=stem, pooling=pooling, mask_padding=True)
     valid_sizes = torch.tensor([[32, 13], [9, 32], [32, 32], [32, 1]], dtype=torch.int32)
@@ -380,7 +380,7 @@ def test_masked_padding_has_no_influence(stem: str, pooling: str) -> None:
     assert (seen[[0, 1, 3]] > 1e-2).all(), "without sizes the padding is part of the picture"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_a_mask_over_nothing_changes_nothing(pooling: str) -> None:
     model = _model(pooling=pooling, mask_padding=True)
     with torch.no_grad():

@@ -122,7 +122,7 @@ def test_padding_is_left_out_before_content() -> None:
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_a_model_sees_the_kept_patches_at_their_own_places(
     positions: str, pooling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

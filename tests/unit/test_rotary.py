@@ -106,7 +106,7 @@ def test_weights_with_learned_positions_are_refused_by_a_rotary_model_and_the_ot
         check_weights(learned, rotary, "the weights")
 
 
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_register_tokens_change_logits_and_learn(pooling: str) -> None:
     model = _model(register_tokens=2, pooling=pooling, positions="learned")
     assert model.register_tokens is not None and model.register_tokens.shape == (1, 2, 32)
@@ -128,7 +128,7 @@ def test_registers_stay_out_of_the_mean() -> None:
     torch.testing.assert_close(features, seen[0][:, 2:].mean(1))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "grid"])
 def test_masked_padding_has_no_influence_beside_registers_and_turns(pooling: str) -> None:
     model = _model(pooling=pooling, register_tokens=2, mask_padding=True)
     sizes = torch.tensor([[32, 13], [9, 32]])
