@@ -128,6 +128,10 @@ class VisionTransformerConfig:
             )
         _check_multiple("data.image_size", self.image_size, "model.patch_size", self.patch_size)
         _check_multiple("model.embed_dim", self.embed_dim, "model.num_heads", self.num_heads)
+        if self.pooling == "grid" and self.pooling_grid > self.grid_size:
+            raise ConfigError(
+                f"model.pooling_grid={self.pooling_grid} is above the {self.grid_size} tokens along a side"
+            )
         if self.positions == "rotary":
             _check_multiple("model.embed_dim", self.embed_dim, "4 x model.num_heads", 4 * self.num_heads)
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
@@ -256,11 +260,10 @@ class TransformerBlock(nn.Module):
         if branch_factors is not None:
             attended = attended * branch_factors[0].to(attended.dtype)
         tokens = tokens + attended
-        mapped = self.ls2(self.mlp(self.norm2(tokens)))
+        mapped: Tensor = self.ls2(self.mlp(self.norm2(tokens)))
         if branch_factors is not None:
             mapped = mapped * branch_factors[1].to(mapped.dtype)
-        out: Tensor = tokens + mapped
-        return out
+        return tokens + mapped
 
 
 class SimplifiedTagger(nn.Module):
@@ -349,8 +352,7 @@ class SimplifiedTagger(nn.Module):
         `valid_sizes` [B, 2], the (h, w) in pixels of the content centred in each image, is used when
         `config.mask_padding` is on: what lies outside then has no influence.
         """
-        logits: Tensor = self.head(self.forward_features(images, valid_sizes))
-        return logits
+        return cast(Tensor, self.head(self.forward_features(images, valid_sizes)))
 
     def forward_features(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
         """Pooled features [B, F] of uint8 images; `head` turns them into logits. Arguments as for `forward`."""
@@ -419,8 +421,7 @@ class SimplifiedTagger(nn.Module):
             pooled = self._pool_cells(tokens[:, self._num_prefix_tokens :], grid, token_mask, kept)
         else:
             pooled = mean_pooling(tokens[:, self._num_prefix_tokens :], token_mask)
-        features: Tensor = self.head_drop(pooled)
-        return features
+        return cast(Tensor, self.head_drop(pooled))
 
     def _attention_shape(self, tokens: Tensor, key_mask: Tensor | None) -> AttentionShape:
         return AttentionShape(

@@ -1,64 +1,60 @@
 """From tokens to one row of features an image: the mean over all of them, or over each cell of a coarse grid.
 
 Cells keep where something lies for the head to read, which is what icons, X-rays and other pictures in one fixed layout
-live on; they have the same number at any image size (adaptive average pooling as in "Spatial Pyramid Pooling", He et
-al. 2014). Refuses nothing: the model has checked sizes before it calls.
+live on, and they have the same number at any image size. Refuses nothing: the model has checked sizes before it calls.
 """
 
 import torch
 from torch import Tensor
 
+from tagger.by_grid import Grid, TensorsByGrid
+
 
 class GridPooling:
-    """Means of the patch tokens over `side` x `side` cells, side by side; keeps the weights of each token grid.
+    """Means of the patch tokens over `side` x `side` cells of equal size, side by side.
 
-    A token belongs to every cell that it overlaps, in proportion to the overlap: so any token grid fills any cells,
-    and one larger grid weighs the parts of an image as a smaller one does.
+    A token counts in each cell that it overlaps, by the area of the overlap: so any token grid fills any cells. Cells
+    divide what the network is given: with a letterbox the square with its bars, with aspect buckets the bucket.
     """
 
     def __init__(self, side: int) -> None:
         self._side = side
-        self._kept: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
+        self._weights = TensorsByGrid(self._cell_weights)
 
-    def __call__(
-        self, tokens: Tensor, grid: tuple[int, int], mask: Tensor | None = None, kept: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, grid: Grid, mask: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, side * side * D], cells row by row; N is rows * columns of `grid`, row by row.
 
-        `mask`, bool [B, N], is True where a token counts; a cell without such a token is 0. `kept`, int64 [B, N], says
-        which tokens of the grid these are, where some were left out.
+        `mask`, bool [B, N], is True where a token counts. `kept`, int64 [B, N], says which tokens of the grid these
+        are, where some were left out. A cell without a token that counts is the mean of all that do.
         """
-        weights = self._weights(grid, tokens)
+        (weights,) = self._weights(grid, tokens.device, tokens.dtype)
         if kept is not None:
             weights = weights.t()[kept].transpose(1, 2)
-        if mask is not None:
-            weights = weights * mask[:, None].to(weights.dtype)
         if kept is not None or mask is not None:
-            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+            counted = weights.new_ones(1) if mask is None else mask[:, None].to(weights.dtype)
+            weights = weights * counted
+            weights = torch.where(weights.sum(dim=-1, keepdim=True) > 0, weights, counted)
+            weights = weights / weights.sum(dim=-1, keepdim=True)
         with torch.autocast(tokens.device.type, enabled=False):
             cells: Tensor = weights @ tokens
         return cells.flatten(1)
 
-    def _weights(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """[cells, rows * columns], each row of sum 1."""
-        key = (grid, like.device, like.dtype)
-        if key in self._kept:
-            return self._kept[key]
-        # Kept across calls, so it must be an ordinary tensor even when first needed under inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            by_row, by_column = (_axis_weights(length, self._side) for length in grid)
-            weights = torch.kron(by_row, by_column).to(like.dtype).to(like.device)
-        if not torch.compiler.is_compiling():  # a traced tensor must not outlive its trace
-            self._kept[key] = weights
-        return weights
+    def _cell_weights(self, grid: Grid) -> tuple[Tensor]:
+        """[cells, rows * columns], float64, each row of sum 1."""
+        by_row, by_column = (_axis_weights(length, self._side) for length in grid)
+        weights = (
+            by_row[:, None, :, None] * by_column[None, :, None, :]
+        )  # torch.kron, which no ONNX operator is made of
+        return (weights.reshape(self._side**2, -1),)
 
 
 def _axis_weights(tokens: int, cells: int) -> Tensor:
-    """[cells, tokens]: the share of each cell that each token covers, along one axis of length 1."""
-    ends = torch.arange(1, cells + 1, dtype=torch.float64, device="cpu")[:, None] / cells
-    places = torch.arange(1, tokens + 1, dtype=torch.float64, device="cpu")[None] / tokens
-    overlap = torch.minimum(ends, places) - torch.maximum(ends - 1 / cells, places - 1 / tokens)
-    return overlap.clamp(min=0.0) * cells
+    """[cells, tokens]: the share of each cell that each token covers, along one axis."""
+    # In units of 1 / (tokens * cells) of the axis every end is a whole number.
+    cell = torch.arange(cells, device="cpu")[:, None] * tokens
+    token = torch.arange(tokens, device="cpu")[None] * cells
+    overlap = torch.minimum(cell + tokens, token + cells) - torch.maximum(cell, token)
+    return overlap.clamp(min=0).to(torch.float64) / tokens
 
 
 def mean_pooling(tokens: Tensor, mask: Tensor | None) -> Tensor:

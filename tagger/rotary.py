@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tagger.by_grid import Grid, TensorsByGrid
+
 # Cosines and sines, [tokens, head_dim / 2] or, where images keep different tokens, [B, 1, tokens, head_dim / 2].
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 
@@ -42,26 +44,21 @@ class RotaryTable:
     def __init__(self, head_dim: int, num_prefix_tokens: int) -> None:
         self._head_dim = head_dim
         self._num_prefix_tokens = num_prefix_tokens
-        self._kept: dict[tuple[tuple[int, int], torch.device, torch.dtype], Rotation] = {}
+        self._tables = TensorsByGrid(self._table)
 
-    def __call__(self, grid: tuple[int, int], like: Tensor) -> Rotation:
+    def __call__(self, grid: Grid, like: Tensor) -> Rotation:
         """Cosines and sines [prefix + rows * columns, head_dim / 2]; class and register tokens stay unturned.
 
         On the device of `like`, float64 where it is, else float32 (16 bits would blur neighbours).
         """
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        key = (grid, like.device, dtype)
-        if key in self._kept:
-            return self._kept[key]
-        # Kept across calls, so these must be ordinary tensors even when first needed under inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            angles = self._angles(grid)
-            rotation = angles.cos().to(dtype).to(like.device), angles.sin().to(dtype).to(like.device)
-        if not torch.compiler.is_compiling():  # a traced tensor must not outlive its trace
-            self._kept[key] = rotation
-        return rotation
+        cosine, sine = self._tables(grid, like.device, torch.promote_types(like.dtype, torch.float32))
+        return cosine, sine
 
-    def _angles(self, grid: tuple[int, int]) -> Tensor:
+    def _table(self, grid: Grid) -> Rotation:
+        angles = self._angles(grid)
+        return angles.cos(), angles.sin()
+
+    def _angles(self, grid: Grid) -> Tensor:
         rows, columns = grid
         unit = math.sqrt(rows * columns) / 2
         count = self._head_dim // 4

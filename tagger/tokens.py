@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tagger.by_grid import Grid, TensorsByGrid
 from tagger.devices import product_dtype
 
 # The middle of a byte: (x - 128) / 128 is exact in every float type down to 8 bits of precision.
@@ -105,15 +106,15 @@ class PositionResizer:
     What is kept are the coefficients, which do not depend on the weights, so nothing goes stale as training moves them.
     """
 
-    def __init__(self, grid: tuple[int, int]) -> None:
+    def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._kept: dict[tuple[tuple[int, int], torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._matrices = TensorsByGrid(self._axis_matrices)
 
-    def __call__(self, pos_embed: Tensor, new_grid: tuple[int, int]) -> Tensor:
+    def __call__(self, pos_embed: Tensor, new_grid: Grid) -> Tensor:
         """[1, rows * columns, D] of the own grid -> the same of `new_grid`; differentiable."""
         if new_grid == self._grid:
             return pos_embed
-        by_row, by_column = self._matrices(new_grid, pos_embed)
+        by_row, by_column = self._matrices(new_grid, pos_embed.device, pos_embed.dtype)
         width = pos_embed.shape[-1]
         # Two small products in place of F.interpolate: deterministic backward on CUDA, and plain MatMul nodes in ONNX.
         with torch.autocast(pos_embed.device.type, enabled=False):
@@ -121,24 +122,17 @@ class PositionResizer:
             resized: Tensor = by_column @ rows.reshape(new_grid[0], self._grid[1], width)
         return resized.reshape(1, new_grid[0] * new_grid[1], width)
 
-    def _matrices(self, new_grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
-        key = (new_grid, like.device, like.dtype)
-        if key in self._kept:
-            return self._kept[key]
-        by_row, by_column = (_axis_matrix(old, new, like) for old, new in zip(self._grid, new_grid, strict=True))
-        if not torch.compiler.is_compiling():  # a traced tensor must not outlive its trace
-            self._kept[key] = by_row, by_column
+    def _axis_matrices(self, new_grid: Grid) -> tuple[Tensor, Tensor]:
+        by_row, by_column = (_axis_matrix(old, new) for old, new in zip(self._grid, new_grid, strict=True))
         return by_row, by_column
 
 
-def _axis_matrix(old: int, new: int, like: Tensor) -> Tensor:
-    """[new, old]: resizing along one axis is linear, so resizing the unit vectors gives its matrix."""
-    # Kept across calls, so it must be an ordinary tensor even when first needed under inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        unit = torch.eye(old, dtype=torch.float64, device="cpu").reshape(1, 1, old, old)
-        # Along the width only: torch 2.13 on CPU gets images one pixel wide wrong.
-        resized = F.interpolate(unit, size=(old, new), mode="bicubic", align_corners=False, antialias=True)
-        return resized.reshape(old, new).t().contiguous().to(like.dtype).to(like.device)
+def _axis_matrix(old: int, new: int) -> Tensor:
+    """[new, old], float64: resizing along one axis is linear, so resizing the unit vectors gives its matrix."""
+    unit = torch.eye(old, dtype=torch.float64, device="cpu").reshape(1, 1, old, old)
+    # Along the width only: torch 2.13 on CPU gets images one pixel wide wrong.
+    resized = F.interpolate(unit, size=(old, new), mode="bicubic", align_corners=False, antialias=True)
+    return resized.reshape(old, new).t().contiguous()
 
 
 def draw_kept_tokens(tokens: Tensor, share: float, mask: Tensor | None) -> Tensor:

@@ -103,6 +103,9 @@ def test_a_section_overrides_its_preset() -> None:
         ({"depth": 0}, "model.depth=0 is not a whole number, 1 or more"),
         ({"num_tags": True}, "num_tags=True is not a whole number, 1 or more"),
         ({"drop_path": 1.0}, "model.drop_path=1.0 is not in 0 <= x < 1"),
+        ({"head_dropout": 1.0}, "model.head_dropout=1.0 is not in 0 <= x < 1"),
+        ({"pooling_grid": 0}, "model.pooling_grid=0 is not a whole number, 1 or more"),
+        ({"pooling": "grid", "pooling_grid": 5}, "model.pooling_grid=5 is above the tokens a side; use 4"),
         ({"mlp_ratio": 0.0}, "model.mlp_ratio=0.0 leaves the MLP no hidden unit"),
         ({"layer_scale_init": -1.0}, "model.layer_scale_init=-1.0 is not above 0"),
         ({"qk_norm": "yes"}, "model.qk_norm='yes' is not true or false"),
@@ -115,6 +118,12 @@ def test_impossible_dimensions_are_refused_with_a_remedy(changes: dict[str, typi
         _config(**changes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_config_saved_before_grid_pooling_still_loads() -> None:
+    saved = _config().to_dict()
+    del saved["pooling_grid"], saved["head_dropout"]
+    assert VisionTransformerConfig.from_dict(saved) == _config()
 
 
 def test_config_survives_json() -> None:
@@ -285,7 +294,7 @@ def test_drop_path_and_dropout_do_nothing_in_evaluation() -> None:
 def test_a_new_model_predicts_the_prior_of_each_tag(pooling: typing.Any) -> None:
     torch.manual_seed(0)
     priors = torch.tensor([0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 0.95])
-    section = ModelSection(preset="vit_tiny", depth=2, pooling=pooling)
+    section = ModelSection(preset="vit_tiny", depth=2, pooling=pooling, pooling_grid=2)
     model = create_model(section, num_tags=7, image_size=32, tag_priors=priors).eval()
     with torch.no_grad():
         scores = torch.sigmoid(model(_images(64))).mean(0)

@@ -84,7 +84,7 @@ def test_a_rotary_model_sees_where_patches_lie(pooling: str) -> None:
     with torch.no_grad():
         assert (model(images) - model(swapped)).abs().max() > 1e-3
         model._rotary._angles = lambda _grid: torch.zeros(16 + (pooling == "class_token"), 4)  # type: ignore[union-attr,method-assign]
-        model._rotary._kept.clear()  # type: ignore[union-attr]
+        model._rotary._tables._kept.clear()  # type: ignore[union-attr]
         torch.testing.assert_close(model(images), model(swapped), rtol=1e-4, atol=1e-4)
 
 
