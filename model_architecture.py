@@ -130,7 +130,7 @@ class VisionTransformerConfig:
         _check_multiple("model.embed_dim", self.embed_dim, "model.num_heads", self.num_heads)
         if self.pooling == "grid" and self.pooling_grid > self.grid_size:
             raise ConfigError(
-                f"model.pooling_grid={self.pooling_grid} is above the {self.grid_size} tokens along a side"
+                f"model.pooling_grid={self.pooling_grid} is above the tokens a side; use {self.grid_size}"
             )
         if self.positions == "rotary":
             _check_multiple("model.embed_dim", self.embed_dim, "4 x model.num_heads", 4 * self.num_heads)
