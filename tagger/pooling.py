@@ -42,9 +42,8 @@ class GridPooling:
     def _cell_weights(self, grid: Grid) -> tuple[Tensor]:
         """[cells, rows * columns], float64, each row of sum 1."""
         by_row, by_column = (_axis_weights(length, self._side) for length in grid)
-        weights = (
-            by_row[:, None, :, None] * by_column[None, :, None, :]
-        )  # torch.kron, which no ONNX operator is made of
+        # What torch.kron gives, for which classic ONNX export has no operator.
+        weights = by_row[:, None, :, None] * by_column[None, :, None, :]
         return (weights.reshape(self._side**2, -1),)
 
 

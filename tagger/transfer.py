@@ -76,7 +76,7 @@ def start_from(model: nn.Module, initial: InitialWeights, tags: Sequence[str]) -
     for name in HEAD:
         source = wanted.get(name)
         if source is None or source.shape[0] != len(initial.tags) or source.shape[1:] != current[name].shape[1:]:
-            shape = "missing" if source is None else f"{list(source.shape)}"
+            shape = "missing" if source is None else list(source.shape)
             raise InputError(
                 f"{initial.source}: {name} is {shape}, which fits no head of {list(current[name].shape)}; use the same "
                 "model.embed_dim, model.pooling and model.pooling_grid"
