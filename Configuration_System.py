@@ -205,6 +205,7 @@ class ModelSection(Section):
     positions: Literal["learned", "rotary"] = "learned"
     register_tokens: int = setting(0, NOT_NEGATIVE)
     mask_padding: bool = False
+    num_members: int = setting(1, POSITIVE)
 
     @property
     def resolved_patch_size(self) -> int:

@@ -11,13 +11,14 @@ State-dict names (stable; `N` is the block):
     blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
     blocks.N.{attn.q_norm,attn.k_norm}.{weight,bias} (qk_norm), blocks.N.{ls1,ls2}.gamma (layer_scale_init)
     norm.{weight,bias}, head.weight [C, F], head.bias [C] (F: D, with grid pooling D * cells)
+With several members (`model.num_members`) each name is behind `members.I.`, I from 0.
 """
 
 import dataclasses
 import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -29,6 +30,8 @@ from Configuration_System import ModelSection
 from tagger.attention import AttentionShape, pinned_attention
 from tagger.config_io import ConfigError
 from tagger.devices import product_dtype
+from tagger.dimensions import Rgb, check_choice, check_multiple, check_rgb, is_number, setting_of
+from tagger.ensemble import Ensemble
 from tagger.layers import NORM_EPS, Attention, LayerScale, Mlp, StochasticDepth
 from tagger.pooling import GridPooling, mean_pooling
 from tagger.registry import Registry
@@ -44,7 +47,6 @@ from tagger.tokens import (
 
 _LOGGER = logging.getLogger(__name__)
 
-Rgb = tuple[float, float, float]
 DEFAULT_MEAN: Rgb = (0.5, 0.5, 0.5)
 DEFAULT_STD: Rgb = (0.5, 0.5, 0.5)
 # A tag on no image, or on all, must not start at an infinite logit.
@@ -93,6 +95,7 @@ class VisionTransformerConfig:
     mask_padding: bool = False
     positions: Literal["learned", "rotary"] = "learned"
     register_tokens: int = 0
+    num_members: int = 1
     mean: Rgb = DEFAULT_MEAN
     std: Rgb = DEFAULT_STD
 
@@ -106,41 +109,42 @@ class VisionTransformerConfig:
             "num_tags",
             "register_tokens",
             "pooling_grid",
+            "num_members",
         ):
             value: object = getattr(self, name)
             least = 0 if name == "register_tokens" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{_setting(name)}={value!r} is not a whole number, {least} or more")
-        _check_choice("stem", self.stem, ("patch", "conv"))
-        _check_choice("pooling", self.pooling, ("mean", "class_token", "grid"))
-        _check_choice("positions", self.positions, ("learned", "rotary"))
+                raise ConfigError(f"{setting_of(name)}={value!r} is not a whole number, {least} or more")
+        check_choice("stem", self.stem, ("patch", "conv"))
+        check_choice("pooling", self.pooling, ("mean", "class_token", "grid"))
+        check_choice("positions", self.positions, ("learned", "rotary"))
         for name in ("qk_norm", "mask_padding"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not true or false; use one of the two")
+                raise ConfigError(f"{setting_of(name)}={getattr(self, name)!r} is not true or false; use one")
         for name in ("drop_path", "dropout", "head_dropout", "patch_dropout"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
-                raise ConfigError(f"{_setting(name)}={getattr(self, name)!r} is not in 0 <= x < 1; 0 turns it off")
-        if not (_is_number(self.mlp_ratio) and int(self.embed_dim * self.mlp_ratio) >= 1):
+            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ConfigError(f"{setting_of(name)}={getattr(self, name)!r} is not in 0 <= x < 1; 0 turns it off")
+        if not (is_number(self.mlp_ratio) and int(self.embed_dim * self.mlp_ratio) >= 1):
             raise ConfigError(f"model.mlp_ratio={self.mlp_ratio!r} leaves the MLP no hidden unit; 4.0 is usual")
-        if not (self.layer_scale_init is None or (_is_number(self.layer_scale_init) and self.layer_scale_init > 0)):
+        if not (self.layer_scale_init is None or (is_number(self.layer_scale_init) and self.layer_scale_init > 0)):
             raise ConfigError(
                 f"model.layer_scale_init={self.layer_scale_init!r} is not above 0; null turns it off, 1e-5 is usual"
             )
-        _check_multiple("data.image_size", self.image_size, "model.patch_size", self.patch_size)
-        _check_multiple("model.embed_dim", self.embed_dim, "model.num_heads", self.num_heads)
+        check_multiple("data.image_size", self.image_size, "model.patch_size", self.patch_size)
+        check_multiple("model.embed_dim", self.embed_dim, "model.num_heads", self.num_heads)
         if self.pooling == "grid" and self.pooling_grid > self.grid_size:
             raise ConfigError(
                 f"model.pooling_grid={self.pooling_grid} is above the tokens a side; use {self.grid_size}"
             )
         if self.positions == "rotary":
-            _check_multiple("model.embed_dim", self.embed_dim, "4 x model.num_heads", 4 * self.num_heads)
+            check_multiple("model.embed_dim", self.embed_dim, "4 x model.num_heads", 4 * self.num_heads)
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ConfigError(
                 f"model.patch_size={self.patch_size} is not a power of two, which model.stem=conv (it halves the image "
                 "step by step) needs; use 8 or 16"
             )
         for name in ("mean", "std"):
-            object.__setattr__(self, name, _check_rgb(name, getattr(self, name)))
+            object.__setattr__(self, name, check_rgb(name, getattr(self, name)))
         if min(self.std) <= 0:
             raise ConfigError(f"std={list(self.std)} holds a number that is not above 0; 0.5 for each channel is usual")
 
@@ -174,32 +178,6 @@ class VisionTransformerConfig:
             raise ConfigError(f"model config: {', '.join(missing)} missing; take the file that training wrote")
         # __post_init__ checks every value, so what the file holds need not be trusted here.
         return cls(**cast(Any, values))
-
-
-def _setting(name: str) -> str:
-    return {"image_size": "data.image_size", "num_tags": "num_tags"}.get(name, f"model.{name}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"model.{name}={value!r} is not known; use {' or '.join(choices)}")
-
-
-def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if value % divisor:
-        below = value // divisor * divisor
-        options = f"{below} or {below + divisor}" if below else str(divisor)
-        raise ConfigError(f"{name}={value} is not a multiple of {divisor_name}={divisor}; use {options}")
-
-
-def _check_rgb(name: str, value: Sequence[float]) -> Rgb:
-    if not isinstance(value, Sequence) or len(value) != 3 or not all(_is_number(number) for number in value):
-        raise ConfigError(f"{name}={value!r} is not three numbers; 0.5 for each channel is usual")
-    return (float(value[0]), float(value[1]), float(value[2]))
 
 
 def resolve_model_config(
@@ -267,7 +245,7 @@ class TransformerBlock(nn.Module):
 
 
 class SimplifiedTagger(nn.Module):
-    """Vision Transformer: uint8 images [B, 3, H, W] -> logits [B, C].
+    """Vision Transformer: uint8 images [B, 3, H, W] -> logits [B, C]. Always one network, whatever `num_members` is.
 
     H and W may be any multiples of `config.patch_size`; positions are interpolated to grids other than the one of
     `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
@@ -451,21 +429,35 @@ def _fit_position_embedding(module: nn.Module, state_dict: dict[str, Tensor], pr
     state_dict[f"{prefix}pos_embed"] = resize_position_embedding(saved, (side, side), (own, own))
 
 
+class TaggerEnsemble(Ensemble):
+    """`config.num_members` taggers of the same dimensions as one model."""
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__([SimplifiedTagger(config) for _ in range(config.num_members)])
+        self.config = config
+
+
+TaggerModel = SimplifiedTagger | TaggerEnsemble
+
+
 class ModelBuilder(Protocol):
     """What is registered under a model name: makes the network from its section and what the data decides."""
 
     def __call__(
         self, section: ModelSection, *, num_tags: int, image_size: int, mean: Rgb, std: Rgb
-    ) -> SimplifiedTagger: ...
+    ) -> TaggerModel: ...
 
 
 MODELS: Registry[ModelBuilder] = Registry("model")
 
 
 @MODELS.register("vit")
-def _build_vit(section: ModelSection, *, num_tags: int, image_size: int, mean: Rgb, std: Rgb) -> SimplifiedTagger:
-    config = resolve_model_config(section, num_tags=num_tags, image_size=image_size, mean=mean, std=std)
-    return SimplifiedTagger(config)
+def _build_vit(section: ModelSection, *, num_tags: int, image_size: int, mean: Rgb, std: Rgb) -> TaggerModel:
+    return _tagger_of(resolve_model_config(section, num_tags=num_tags, image_size=image_size, mean=mean, std=std))
+
+
+def _tagger_of(config: VisionTransformerConfig) -> TaggerModel:
+    return SimplifiedTagger(config) if config.num_members == 1 else TaggerEnsemble(config)
 
 
 def create_model(
@@ -476,7 +468,7 @@ def create_model(
     mean: Rgb = DEFAULT_MEAN,
     std: Rgb = DEFAULT_STD,
     tag_priors: Tensor | None = None,
-) -> SimplifiedTagger:
+) -> TaggerModel:
     """A new model from a `model` section (with `num_tags` and `image_size`), or from a saved config alone.
 
     `mean` and `std` are per channel, of pixels scaled to 0..1. `tag_priors` [C], the share of images that carry a tag,
@@ -487,7 +479,7 @@ def create_model(
             raise ValueError(
                 "num_tags and image_size were passed beside a VisionTransformerConfig, which holds them; leave them out"
             )
-        model = SimplifiedTagger(section)
+        model = _tagger_of(section)
     else:
         if num_tags is None or image_size is None:
             raise ValueError("a model section alone does not fix the network; pass num_tags and image_size too")

@@ -14,7 +14,7 @@ import torch
 
 from Configuration_System import FullConfig, OptimizerSection, changed_settings, split_changes
 from dataset_loader import DataLoader
-from model_architecture import SimplifiedTagger
+from model_architecture import TaggerModel
 from Monitor_log import TrainingMonitor
 from schedulers import Course, CourseSchedule, Schedule, create_scheduler, plan_course, scale_learning_rates
 from tagger.alerts import Alerts
@@ -66,7 +66,7 @@ class Parts:
     vocabulary: TagVocabulary
     train_loader: DataLoader
     validation_loader: DataLoader
-    model: SimplifiedTagger
+    model: TaggerModel
     parameters: tuple[torch.nn.Parameter, ...]
     phases: tuple[Phase, ...]
     augments: tuple[BatchAugment, ...]  # of the phases
@@ -97,7 +97,9 @@ def check(config: FullConfig) -> str:
         resume_origin(folder.path, resume)
     rank, world_size = launched_as()
     try:
-        require_shardable(training.parallel, Ranks(0, max(2, world_size)), config.optimizer.name)
+        require_shardable(
+            training.parallel, Ranks(0, max(2, world_size)), config.optimizer.name, config.model.num_members
+        )
     except InputError as error:
         if world_size > 1:
             raise
@@ -133,7 +135,7 @@ def build(
     Every one of `ranks` calls it; rank 0 alone writes into the folder.
     """
     training = config.training
-    require_shardable(training.parallel, ranks, config.optimizer.name)
+    require_shardable(training.parallel, ranks, config.optimizer.name, config.model.num_members)
     device = resolve_device(training.device)
     seed_everything(training.seed)
     vocabulary, train_loader, validation_loader, model = open_for_all(config, folder, ranks)
@@ -241,7 +243,7 @@ def build(
 
 def open_for_all(
     config: FullConfig, folder: RunFolder, ranks: Ranks
-) -> tuple[TagVocabulary, DataLoader, DataLoader, SimplifiedTagger]:
+) -> tuple[TagVocabulary, DataLoader, DataLoader, TaggerModel]:
     """Data and model as `open_data_and_model` gives them: rank 0 builds what must be built, the others read that."""
     share = (ranks.rank, ranks.world_size)
     if ranks.alone:

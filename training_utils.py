@@ -35,6 +35,7 @@ from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointWriteError
 from tagger.compilation import CompileMode, compile_blocks
 from tagger.devices import PrecisionMode, autocast_dtype, resolve_device
 from tagger.ema import ExponentialMovingAverage
+from tagger.ensemble import networks_in
 from tagger.errors import InputError
 from tagger.module_state import load_tensors, named_tensors
 from tagger.optim import (
@@ -233,7 +234,8 @@ def compile_model(model: nn.Module, mode: CompileMode, device: torch.device) -> 
 
     A block compiles in a fraction of the time of the whole, since equal blocks share the result.
     """
-    blocks = model.get_submodule("blocks").children() if "blocks" in dict(model.named_children()) else ()
+    networks = [network for network in networks_in(model) if "blocks" in dict(network.named_children())]
+    blocks = [block for network in networks for block in network.get_submodule("blocks").children()]
     return compile_blocks(model, blocks, mode, device)
 
 

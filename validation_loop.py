@@ -28,7 +28,7 @@ from Configuration_System import FullConfig, check_paths, load_config, split_cha
 from dataset_loader import DataLoader, LoadOptions, create_dataloaders, create_part_loader, open_dataset, split_dataset
 from evaluation_metrics import MetricComputer, MetricResult
 from loss_functions import MultiTaskLoss, TagLoss, create_loss
-from model_architecture import SimplifiedTagger, VisionTransformerConfig, create_model
+from model_architecture import TaggerModel, VisionTransformerConfig, create_model
 from tagger.batch import Batch
 from tagger.command import command
 from tagger.data.scan import printable
@@ -215,7 +215,7 @@ def build_criterion(config: FullConfig, vocabulary: TagVocabulary) -> Criterion:
 
 def open_data_and_model(
     config: FullConfig, known_vocabulary: Path, quarantine_file: Path | None = None, share: tuple[int, int] = (0, 1)
-) -> tuple[TagVocabulary, DataLoader, DataLoader, SimplifiedTagger]:
+) -> tuple[TagVocabulary, DataLoader, DataLoader, TaggerModel]:
     """(vocabulary, training loader, validation loader, model) of a run that starts, goes on or is looked at.
 
     The vocabulary is the run's own where `known_vocabulary` exists. The model is new: it starts from the tags' shares
@@ -252,7 +252,7 @@ def open_run(place: Place, overrides: Sequence[str]) -> tuple[Path, FullConfig]:
     return place.run, config
 
 
-def put_weights(model: SimplifiedTagger, weights: NamedWeights, config: FullConfig, device: torch.device) -> nn.Module:
+def put_weights(model: TaggerModel, weights: NamedWeights, config: FullConfig, device: torch.device) -> nn.Module:
     """The model on its device with these weights, compiled as in training. Raises InputError where they do not fit."""
     check_weights(named_tensors(model), weights.tensors, weights.name)
     model.load_state_dict(weights.tensors)

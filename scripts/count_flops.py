@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from Configuration_System import FullConfig, load_config
-from model_architecture import SimplifiedTagger, create_model
+from model_architecture import TaggerModel, create_model
 from tagger.command import command
 from tagger.files import write_json
 from tagger.flops import training_flops
@@ -40,7 +40,7 @@ class PhaseCost:
 def flops_an_image(config: FullConfig, num_tags: int, image_size: int, batch_size: int, patch_dropout: float) -> float:
     """Operations of one training step over its images."""
 
-    def build() -> SimplifiedTagger:
+    def build() -> TaggerModel:
         model = create_model(config.model, num_tags, config.data.image_size)
         model.patch_dropout = patch_dropout
         return model

@@ -40,7 +40,7 @@ def check_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], wh
 
 def check_weights(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
     """As `check_tensors`, but position embeddings may be of another grid: the model resizes them as it loads them."""
-    resized = {"pos_embed"} & current.keys() & saved.keys()
+    resized = {name for name in current.keys() & saved.keys() if name.split(".")[-1] == "pos_embed"}
     own, there = ({k: v for k, v in tensors.items() if k not in resized} for tensors in (current, saved))
     check_tensors(own, there, what)
 

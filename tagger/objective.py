@@ -2,7 +2,7 @@
 
 Being a module of its own it is what a wrapper for several processes wraps: network, head and loss are one forward
 pass. Adds nothing to the state dict of the model, which stays a module that can be saved and scored by itself. Refuses
-chunks of a model that has no `forward_features` and linear `head`.
+chunks of a network that has no `forward_features` and linear `head`.
 """
 
 from typing import Any, cast
@@ -10,19 +10,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tagger.ensemble import networks_in
+
 
 class TrainingObjective(nn.Module):
     """The summed loss of a batch; `model` gives logits [B, C], `criterion` sums their costs.
 
-    With `chunk_tags` logits exist that many columns at a time (see `criterion.through_head`). Then the model's own
-    `forward` is not called: its `forward_features` gives features [B, D], and its `head` is used as weight and bias.
+    Of an ensemble it is the mean of its members' losses. With `chunk_tags` logits exist that many columns at a time
+    (see `criterion.through_head`). Then the model's own `forward` is not called: its `forward_features` gives features
+    [B, F], and its `head` is used as weight and bias.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module, chunk_tags: int | None = None) -> None:
         super().__init__()
         if chunk_tags is not None and chunk_tags < 1:
             raise ValueError(f"chunk_tags={chunk_tags} is below 1; use None or a number of tags, e.g. 4096")
-        if chunk_tags is not None and not (hasattr(model, "forward_features") and hasattr(model, "head")):
+        self._networks = networks_in(model)
+        whole = all(hasattr(network, "forward_features") and hasattr(network, "head") for network in self._networks)
+        if chunk_tags is not None and not whole:
             raise ValueError(f"chunk_tags={chunk_tags} needs a model with forward_features and head; use None")
         self.model, self.criterion, self.chunk_tags = model, criterion, chunk_tags
 
@@ -38,14 +43,34 @@ class TrainingObjective(nn.Module):
         if own_share < 1.0:
             images = _blend(images, own_share)
             valid_sizes = torch.maximum(valid_sizes, valid_sizes.roll(1, 0))
-        loss = self._loss_of_features if self.chunk_tags is not None else self._loss_of_logits
-        network = cast(Any, self.model).forward_features if self.chunk_tags is not None else self.model
-        outputs: Tensor = network(images, valid_sizes)
-        total = loss(outputs, tag_indices, tag_offsets)
+        losses = [
+            self._loss_of(network, images, valid_sizes, tag_indices, tag_offsets, own_share)
+            for network in self._networks
+        ]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _loss_of(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        valid_sizes: Tensor,
+        tag_indices: Tensor,
+        tag_offsets: Tensor,
+        own_share: float,
+    ) -> Tensor:
+        def loss(outputs: Tensor) -> Tensor:
+            if self.chunk_tags is None:
+                return self._loss_of_logits(outputs, tag_indices, tag_offsets)
+            return self._loss_of_features(outputs, cast(Any, network).head, tag_indices, tag_offsets)
+
+        outputs: Tensor = (network if self.chunk_tags is None else cast(Any, network).forward_features)(
+            images, valid_sizes
+        )
+        total = loss(outputs)
         if own_share < 1.0:
             # A cost is linear in its target, so the blend of the targets is that of the costs. Turned back by one, row
             # i of the outputs is of the blend that holds image i as the other.
-            total = own_share * total + (1.0 - own_share) * loss(outputs.roll(-1, 0), tag_indices, tag_offsets)
+            total = own_share * total + (1.0 - own_share) * loss(outputs.roll(-1, 0))
         return total
 
     def _loss_of_logits(self, logits: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
@@ -53,8 +78,8 @@ class TrainingObjective(nn.Module):
             loss: Tensor = self.criterion(logits, tag_indices, tag_offsets)
         return loss
 
-    def _loss_of_features(self, features: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
-        device, head = features.device.type, cast(Any, self.model).head
+    def _loss_of_features(self, features: Tensor, head: nn.Linear, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
+        device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
         with torch.autocast(device, enabled=False):
             loss: Tensor = cast(Any, self.criterion).through_head(

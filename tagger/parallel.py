@@ -3,7 +3,7 @@
 Every rank sees its share of the images of a window. The gradient is that of all of them together, each image weighing
 the same, so that several ranks train as one does with the same images. Which updates are left out is decided from sums
 over all ranks, on the device, so that all ranks do the same without a host waiting. Refuses optimizers that need whole
-matrices where weights are sharded.
+matrices, and several members, where weights are sharded.
 
 Batch norm (a convolutional stem): on CUDA its statistics are of all ranks' images (SyncBatchNorm). On a CPU torch has
 no such thing: each rank normalises by its own batch, and the running statistics are averaged after each update.
@@ -31,9 +31,16 @@ ParallelMode = Literal["ddp", "fsdp"]
 SHARDABLE_OPTIMIZERS = ("adamw",)
 
 
-def require_shardable(mode: ParallelMode, ranks: Ranks, optimizer: str) -> None:
-    """Raise InputError for an optimizer that cannot work on parts of matrices where the weights are sharded."""
-    if mode == "fsdp" and not ranks.alone and optimizer not in SHARDABLE_OPTIMIZERS:
+def require_shardable(mode: ParallelMode, ranks: Ranks, optimizer: str, num_members: int = 1) -> None:
+    """Raise InputError, where the weights are sharded, for what cannot work on parts of them."""
+    if mode != "fsdp" or ranks.alone:
+        return
+    if num_members > 1:
+        raise InputError(
+            f"model.num_members={num_members} is for networks that fit a device, training.parallel=fsdp for one that "
+            "does not; use training.parallel=ddp, or model.num_members=1"
+        )
+    if optimizer not in SHARDABLE_OPTIMIZERS:
         raise InputError(
             f"optimizer.name={optimizer} needs whole matrices and training.parallel=fsdp gives each rank a part of "
             "them; use training.parallel=ddp, or optimizer.name=adamw"

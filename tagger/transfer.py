@@ -22,7 +22,7 @@ from tagger.module_state import check_weights, clean_name, named_tensors
 
 logger = logging.getLogger(__name__)
 
-HEAD = ("head.weight", "head.bias")
+HEAD = (["head", "weight"], ["head", "bias"])
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def start_from(model: nn.Module, initial: InitialWeights, tags: Sequence[str]) -
     wanted = {clean_name(name): tensor for name, tensor in initial.tensors.items()}
     own_rows = torch.tensor([own for own, _ in pairs], dtype=torch.int64)
     source_rows = torch.tensor([there for _, there in pairs], dtype=torch.int64)
-    for name in HEAD:
+    for name in (name for name in current if name.split(".")[-2:] in HEAD):
         source = wanted.get(name)
         if source is None or source.shape[0] != len(initial.tags) or source.shape[1:] != current[name].shape[1:]:
             shape = "missing" if source is None else list(source.shape)
             raise InputError(
                 f"{initial.source}: {name} is {shape}, which fits no head of {list(current[name].shape)}; use the same "
-                "model.embed_dim, model.pooling and model.pooling_grid"
+                "model.embed_dim, model.pooling, model.pooling_grid and model.num_members"
             )
         mixed: Tensor = current[name].detach().cpu().clone()
         mixed[own_rows] = source[source_rows].to(mixed.dtype)

@@ -12,10 +12,13 @@ def forward_flops(config: VisionTransformerConfig, height: int | None = None, wi
     With N tokens, D wide, hidden width H: 2 N (3 P^2) D for the stem, 2 N D (4 D + 2 H) + 4 N^2 D a block, 2 F C for
     the head with its F features, 2 N F for pooling to the cells of a grid. Training takes three times as many (the
     gradients of a product are two products); the first layer needs no gradient of its input, which that leaves out.
-    Raises ValueError for a convolutional stem.
+    Raises ValueError for a convolutional stem and for several members.
     """
-    if config.stem != "patch":
-        raise ValueError(f"model.stem={config.stem} is counted by no formula; use torch.utils.flop_counter")
+    if config.stem != "patch" or config.num_members > 1:
+        raise ValueError(
+            f"model.stem={config.stem}, model.num_members={config.num_members}: counted by no formula; use "
+            "torch.utils.flop_counter"
+        )
     patch, wide = config.patch_size, config.embed_dim
     tokens = ((height or config.image_size) // patch) * ((width or config.image_size) // patch)
     inside = tokens + (config.pooling == "class_token") + config.register_tokens

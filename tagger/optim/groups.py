@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from tagger.ensemble import networks_in
 from tagger.errors import InputError
 from tagger.module_state import clean_name
 from tagger.optim.skipping import Group
@@ -54,11 +55,18 @@ def layers_below_head(model: nn.Module) -> Mapping[int, int]:
     The last of N blocks is 1 below, the first N; its own parameters and what it names before its `blocks` (stem,
     position embeddings, class token) are N + 1 below, what it names after them (last norm, head) 0.
     """
-    children = dict(model.named_children())
+    below: dict[int, int] = {}
+    for network in networks_in(model):
+        below |= _layers_below_head(network)
+    return below
+
+
+def _layers_below_head(network: nn.Module) -> dict[int, int]:
+    children = dict(network.named_children())
     if BLOCKS not in children:
         raise InputError(f"optimizer.layer_decay needs a model with `{BLOCKS}`, this one has none; set it to null")
     count = len(list(children[BLOCKS].children()))
-    below = {id(parameter): count + 1 for parameter in model.parameters()}
+    below = {id(parameter): count + 1 for parameter in network.parameters()}
     names = list(children)
     for name in names[names.index(BLOCKS) + 1 :]:
         below |= {id(parameter): 0 for parameter in children[name].parameters()}
