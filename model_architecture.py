@@ -325,12 +325,16 @@ class SimplifiedTagger(nn.Module):
         self.head.bias.copy_(logits.to(self.head.bias.dtype))
 
     def forward(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
-        """Logits [B, C] of uint8 images [B, 3, H, W], 0..255 RGB.
+        """Logits [B, C] of uint8 images [B, 3, H, W], 0..255 RGB; in evaluation float32, also under autocast.
 
         `valid_sizes` [B, 2], the (h, w) in pixels of the content centred in each image, is used when
         `config.mask_padding` is on: what lies outside then has no influence.
         """
-        return cast(Tensor, self.head(self.forward_features(images, valid_sizes)))
+        features = self.forward_features(images, valid_sizes)
+        if self.training or not torch.is_autocast_enabled(features.device.type):
+            return cast(Tensor, self.head(features))
+        with torch.autocast(features.device.type, enabled=False):  # the 8 bits of bfloat16 would make images tie
+            return cast(Tensor, self.head(features.to(self.head.weight.dtype)))
 
     def forward_features(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
         """Pooled features [B, F] of uint8 images; `head` turns them into logits. Arguments as for `forward`."""

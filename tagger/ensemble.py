@@ -36,8 +36,8 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
-        """Logits [B, C], the mean of the members', in their dtype; arguments as they take them."""
-        return torch.stack([member(images, valid_sizes) for member in self.members]).mean(dim=0)
+        """Logits [B, C], float32, the mean of the members'; arguments as they take them."""
+        return torch.stack([member(images, valid_sizes) for member in self.members]).mean(dim=0, dtype=torch.float32)
 
     @property
     def patch_dropout(self) -> float:

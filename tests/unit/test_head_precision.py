@@ -34,6 +34,15 @@ def test_logits_are_bf16_and_what_training_keeps_is_float32() -> None:
     assert {tensor.dtype for tensor in kept} == {torch.float32}
 
 
+def test_logits_of_an_evaluation_are_float32() -> None:
+    model = _model().eval()
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, features = model(images), model.forward_features(images)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, torch.nn.functional.linear(features.float(), model.head.weight, model.head.bias))
+
+
 def test_the_head_adds_up_in_float32() -> None:
     # Ones: a sum kept in bfloat16 would stop growing at 256.
     model = _model(embed_dim=512)
