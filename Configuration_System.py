@@ -16,6 +16,7 @@ from tagger.command import command
 from tagger.config_checks import (
     BELOW_ONE,
     FRACTION,
+    MEMBERS,
     NOT_NEGATIVE,
     PART,
     POSITIVE,
@@ -205,7 +206,7 @@ class ModelSection(Section):
     positions: Literal["learned", "rotary"] = "learned"
     register_tokens: int = setting(0, NOT_NEGATIVE)
     mask_padding: bool = False
-    num_members: int = setting(1, POSITIVE)
+    num_members: int = setting(1, MEMBERS)
 
     @property
     def resolved_patch_size(self) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from Configuration_System import ModelSection
 from tagger.attention import AttentionShape, pinned_attention
 from tagger.config_io import ConfigError
-from tagger.devices import product_dtype
+from tagger.devices import product_dtype, without_autocast
 from tagger.dimensions import Rgb, check_choice, check_multiple, check_rgb, is_number, setting_of
 from tagger.ensemble import Ensemble
 from tagger.layers import NORM_EPS, Attention, LayerScale, Mlp, StochasticDepth
@@ -74,7 +74,7 @@ PRESET_DIMENSIONS: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class VisionTransformerConfig:
-    """Every dimension of a `SimplifiedTagger`; `mean` and `std` are per RGB channel, of pixels scaled to 0..1."""
+    """Every dimension of a model; `mean` and `std` are per RGB channel, of pixels scaled to 0..1."""
 
     image_size: int
     patch_size: int
@@ -245,7 +245,7 @@ class TransformerBlock(nn.Module):
 
 
 class SimplifiedTagger(nn.Module):
-    """Vision Transformer: uint8 images [B, 3, H, W] -> logits [B, C]. Always one network, whatever `num_members` is.
+    """Vision Transformer: uint8 images [B, 3, H, W] -> logits [B, C]. One network.
 
     H and W may be any multiples of `config.patch_size`; positions are interpolated to grids other than the one of
     `config.image_size`. Weights saved at another image size load: the embeddings are resized on the way in.
@@ -257,6 +257,8 @@ class SimplifiedTagger(nn.Module):
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
+        if config.num_members != 1:
+            raise ValueError(f"num_members={config.num_members} for one network; use create_model")
         self.config = config
         self.patch_dropout = config.patch_dropout
         # (x / 255 - mean) / std as one multiply-add; no state, since the config holds mean and std.
@@ -331,9 +333,9 @@ class SimplifiedTagger(nn.Module):
         `config.mask_padding` is on: what lies outside then has no influence.
         """
         features = self.forward_features(images, valid_sizes)
-        if self.training or not torch.is_autocast_enabled(features.device.type):
+        if self.training or product_dtype(features) == features.dtype:
             return cast(Tensor, self.head(features))
-        with torch.autocast(features.device.type, enabled=False):  # the 8 bits of bfloat16 would make images tie
+        with without_autocast(features):  # the 8 bits of bfloat16 would make images tie
             return cast(Tensor, self.head(features.to(self.head.weight.dtype)))
 
     def forward_features(self, images: Tensor, valid_sizes: Tensor | None = None) -> Tensor:
@@ -437,7 +439,8 @@ class TaggerEnsemble(Ensemble):
     """`config.num_members` taggers of the same dimensions as one model."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
-        super().__init__([SimplifiedTagger(config) for _ in range(config.num_members)])
+        alone = dataclasses.replace(config, num_members=1)
+        super().__init__([SimplifiedTagger(alone) for _ in range(config.num_members)])
         self.config = config
 
 

@@ -315,6 +315,7 @@ def measured_with(config: FullConfig, vocabulary: TagVocabulary, validation: Dat
         "preprocess": options.preprocess.to_json(),
         "max_pixels": options.max_pixels,
         "partial_images": options.partial_images,
+        "logits": "float32",  # before, rounded to the precision of training
         "threshold": config.validation.threshold if metric.startswith("val/f1") else None,
         "loss": asdict(config.loss) if metric == "val/loss" else None,
     }

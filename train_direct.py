@@ -70,7 +70,7 @@ def train_step(parts: Parts, window: Window) -> tuple[Tensor, Tensor, Tensor]:
     apply(parts.schedule, state.optimizer, state.step, phase.learning_rate_factor)
     parts.boundary.begin_update()
     clip = config.training.clip_grad_norm
-    grad_norm, left_out = state.precision.step(state.optimizer, parts.parameters, clip, total)
+    grad_norm, left_out = state.precision.step(state.optimizer, parts.parameters, clip, total, config.model.num_members)
     state.optimizer.zero_grad(set_to_none=True)
     parts.boundary.undo_buffers(left_out)
     parallel.settle_buffers()

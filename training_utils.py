@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from Configuration_System import CheckpointSection, OptimizerSection, TrainingSection
@@ -32,6 +31,7 @@ from tagger.checkpoint.saver import CheckpointSaver
 from tagger.checkpoint.snapshot import capture_random_state, restore_random_state
 from tagger.checkpoint.store import CheckpointStore, higher_is_better, is_better
 from tagger.checkpoint.writer import AsyncCheckpointWriter, CheckpointWriteError, SaveFailure
+from tagger.clipping import norm_and_divisor
 from tagger.compilation import CompileMode, compile_blocks
 from tagger.devices import PrecisionMode, autocast_dtype, resolve_device
 from tagger.ema import ExponentialMovingAverage
@@ -54,7 +54,6 @@ from tagger.optim import (
     parameter_names,
 )
 from tagger.registry import Registry
-from tagger.sharding import whole
 
 __all__ = [
     "OPTIMIZERS",
@@ -124,21 +123,20 @@ class MixedPrecisionTrainer:
         parameters: Sequence[Tensor],
         clip_grad_norm: float | None,
         loss: Tensor | None = None,
+        num_members: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Update with the accumulated gradients, scaled down to the norm `clip_grad_norm` where they exceed it.
 
-        The update is left out where the gradient or `loss`, a scalar on the device, is not finite. Returns the norm
-        before clipping, float32, and whether the update was left out for good, bool: scalars on the device. Gradients
-        are not cleared, and their values afterwards are unspecified.
+        Of an ensemble, whose members' parameters follow each other, each member's by itself. The update is left out
+        where the gradient or `loss`, a scalar on the device, is not finite. Returns the norm before clipping (of an
+        ensemble the mean of the members'), float32, and whether the update was left out for good, bool: scalars on the
+        device. Gradients are not cleared, and their values afterwards are unspecified.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = whole(get_total_norm(gradients)).float() / self._scale
+        norm, divisor = norm_and_divisor(gradients, clip_grad_norm, self._scale, num_members)
         bad = ~torch.isfinite(norm)
         if loss is not None:
             bad = bad | ~torch.isfinite(loss)
-        divisor = self._scale
-        if clip_grad_norm is not None:
-            divisor = divisor * ((norm + 1e-6) / clip_grad_norm).clamp(min=1.0)
         if isinstance(optimizer, DeviceSkipping) and optimizer.skips_on_device:
             optimizer.grad_scale, optimizer.found_inf = divisor, bad.float()
             optimizer.step()
@@ -230,7 +228,7 @@ def _adamw_of(section: OptimizerSection, groups: list[Group]) -> AdamW:
 
 
 def compile_model(model: nn.Module, mode: CompileMode, device: torch.device) -> bool:
-    """Compile `model.blocks` one by one, in place, as `training.compile` asks; returns whether they are compiled.
+    """Compile each block of the model's networks, in place, as `training.compile` asks; returns whether that was done.
 
     A block compiles in a fraction of the time of the whole, since equal blocks share the result.
     """

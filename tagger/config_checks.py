@@ -56,6 +56,7 @@ NOT_NEGATIVE = Range(lambda x: x >= 0 and math.isfinite(x), "is below 0 or not f
 FRACTION = Range(lambda x: 0 <= x <= 1, "is not between 0 and 1", "use a share, e.g. 0.1")
 SHARE = Range(lambda x: 0 < x < 1, "is not between 0 and 1", "use a share, e.g. 0.1")
 PART = Range(lambda x: 0 < x <= 1, "is not above 0 and at most 1", "use a share, e.g. 0.8")
+MEMBERS = Range(lambda x: 1 <= x <= 64, "is not a whole number from 1 to 64", "4 is usual, 1 is a single network")
 BELOW_ONE = Range(lambda x: 0 <= x < 1, "is not in 0 <= x < 1", "0 turns it off")
 
 

@@ -1,5 +1,6 @@
 """Which device a run uses, and in which precision it computes there. Refuses what the machine does not have."""
 
+import contextlib
 import logging
 from typing import Literal
 
@@ -56,3 +57,10 @@ def product_dtype(like: torch.Tensor) -> torch.dtype:
     # Torch knows no autocast on "meta", where tensors have shapes alone.
     enabled = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else like.dtype
+
+
+def without_autocast(like: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Context in which products with this tensor are computed in the dtypes of what is multiplied."""
+    if like.device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(like.device.type, enabled=False)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tagger.devices import product_dtype, without_autocast
 from tagger.ensemble import networks_in
 
 
@@ -26,8 +27,8 @@ class TrainingObjective(nn.Module):
         if chunk_tags is not None and chunk_tags < 1:
             raise ValueError(f"chunk_tags={chunk_tags} is below 1; use None or a number of tags, e.g. 4096")
         self._networks = networks_in(model)
-        whole = all(hasattr(network, "forward_features") and hasattr(network, "head") for network in self._networks)
-        if chunk_tags is not None and not whole:
+        divided = all(hasattr(network, "forward_features") and hasattr(network, "head") for network in self._networks)
+        if chunk_tags is not None and not divided:
             raise ValueError(f"chunk_tags={chunk_tags} needs a model with forward_features and head; use None")
         self.model, self.criterion, self.chunk_tags = model, criterion, chunk_tags
 
@@ -74,14 +75,13 @@ class TrainingObjective(nn.Module):
         return total
 
     def _loss_of_logits(self, logits: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits):
             loss: Tensor = self.criterion(logits, tag_indices, tag_offsets)
         return loss
 
     def _loss_of_features(self, features: Tensor, head: nn.Linear, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
-        device = features.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-        with torch.autocast(device, enabled=False):
+        dtype = product_dtype(head.weight)
+        with without_autocast(features):
             loss: Tensor = cast(Any, self.criterion).through_head(
                 features, head.weight, head.bias, tag_indices, tag_offsets, chunk_tags=self.chunk_tags, dtype=dtype
             )

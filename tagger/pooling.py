@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tagger.by_grid import Grid, TensorsByGrid
+from tagger.devices import without_autocast
 
 
 class GridPooling:
@@ -35,7 +36,7 @@ class GridPooling:
             weights = weights * counted
             weights = torch.where(weights.sum(dim=-1, keepdim=True) > 0, weights, counted)
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             cells: Tensor = weights @ tokens
         return cells.flatten(1)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tagger.by_grid import Grid, TensorsByGrid
-from tagger.devices import product_dtype
+from tagger.devices import product_dtype, without_autocast
 
 # The middle of a byte: (x - 128) / 128 is exact in every float type down to 8 bits of precision.
 _BYTE_MIDDLE = 128.0
@@ -117,7 +117,7 @@ class PositionResizer:
         by_row, by_column = self._matrices(new_grid, pos_embed.device, pos_embed.dtype)
         width = pos_embed.shape[-1]
         # Two small products in place of F.interpolate: deterministic backward on CUDA, and plain MatMul nodes in ONNX.
-        with torch.autocast(pos_embed.device.type, enabled=False):
+        with without_autocast(pos_embed):
             rows = by_row @ pos_embed.reshape(self._grid[0], self._grid[1] * width)
             resized: Tensor = by_column @ rows.reshape(new_grid[0], self._grid[1], width)
         return resized.reshape(1, new_grid[0] * new_grid[1], width)

@@ -5,7 +5,7 @@ of another image size are resized by the model itself. Tags that the source does
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,9 @@ def start_from(model: nn.Module, initial: InitialWeights, tags: Sequence[str]) -
     Raises InputError naming what does not fit.
     """
     current = named_tensors(model)
+    own, theirs = (_num_members(tensors) for tensors in (current, initial.tensors))
+    if own != theirs:
+        raise InputError(f"{initial.source} has {theirs} members, this model {own}; use model.num_members={theirs}")
     number_of = {tag: number for number, tag in enumerate(initial.tags)}
     pairs = [(own, number_of[tag]) for own, tag in enumerate(tags) if tag in number_of]
     wanted = {clean_name(name): tensor for name, tensor in initial.tensors.items()}
@@ -79,7 +82,7 @@ def start_from(model: nn.Module, initial: InitialWeights, tags: Sequence[str]) -
             shape = "missing" if source is None else list(source.shape)
             raise InputError(
                 f"{initial.source}: {name} is {shape}, which fits no head of {list(current[name].shape)}; use the same "
-                "model.embed_dim, model.pooling, model.pooling_grid and model.num_members"
+                "model.embed_dim, model.pooling and model.pooling_grid"
             )
         mixed: Tensor = current[name].detach().cpu().clone()
         mixed[own_rows] = source[source_rows].to(mixed.dtype)
@@ -88,3 +91,8 @@ def start_from(model: nn.Module, initial: InitialWeights, tags: Sequence[str]) -
     model.load_state_dict(wanted)
     logger.info("started from %s: %d of %d tags known there", initial.source, len(pairs), len(tags))
     return len(pairs)
+
+
+def _num_members(tensors: Mapping[str, Tensor]) -> int:
+    """How many networks the tensors of a model belong to (`members.I.` before their names where there are several)."""
+    return len({name.split(".")[1] for name in map(clean_name, tensors) if name.startswith("members.")}) or 1

@@ -58,4 +58,4 @@ def test_a_new_run_starts_from_it_and_another_number_of_members_does_not(
     capsys.readouterr()
     assert train_direct.main(arguments(images, tmp_path, "one", *words)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "head.weight is missing" in line and "model.num_members" in line
+    assert "has 2 members, this model 1; use model.num_members=2" in line

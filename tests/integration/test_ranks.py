@@ -46,7 +46,8 @@ SETTINGS = (
     "monitor.log_every_steps=1",
     "monitor.tensorboard=false",
 )
-PHASES = ("training.phases=[{image_size: 16, share: 0.4}, {image_size: 32}]", "model.num_members=2")
+PHASES = "training.phases=[{image_size: 16, share: 0.4}, {image_size: 32}]"
+MEMBERS = ("model.num_members=2", "training.num_epochs=1")
 # Everything that draws random numbers or keeps statistics of its own.
 NOISY = ("model.stem=conv", "model.dropout=0.2", "model.drop_path=0.2", "optimizer.name=muon", "training.num_epochs=1")
 
@@ -134,10 +135,12 @@ def done(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     resume, fsdp = ("--resume", "latest"), "training.parallel=fsdp"
     jobs = {
         "one": job("one", 8, alone=True),
-        "one-phases": job("one-phases", 8, *PHASES, alone=True),
+        "one-phases": job("one-phases", 8, PHASES, alone=True),
+        "one-members": job("one-members", 8, *MEMBERS, alone=True),
         "ddp": job("ddp", 4),
         "fsdp": job("fsdp", 4, fsdp),
-        "phases": job("phases", 4, *PHASES),
+        "phases": job("phases", 4, PHASES),
+        "members": job("members", 4, *MEMBERS),
         "straight": job("straight", 4, *NOISY),
         "stopped": job("stopped", 4, *NOISY, event="sigterm", of_rank=0, at_step=1),
         "stopped, resumed": job("stopped", 4, *NOISY, *resume),
@@ -176,8 +179,9 @@ def test_two_ranks_train_as_one_does(done: Done, runs: Path, name: str) -> None:
     assert all(model[key].shape == tensor.shape for key, tensor in expected.items())
 
 
-def test_phases_and_several_members_are_those_of_one_rank(runs: Path) -> None:
-    assert_same_training(runs / "phases", runs / "one-phases")
+@pytest.mark.parametrize("name", ["phases", "members"])
+def test_phases_and_members_are_those_of_one_rank(runs: Path, name: str) -> None:
+    assert_same_training(runs / name, runs / f"one-{name}")
 
 
 def test_a_resume_with_the_same_ranks_is_exact(done: Done, runs: Path) -> None:

@@ -14,6 +14,7 @@ import training_utils
 from Configuration_System import ModelSection, OptimizerSection
 from loss_functions import BinaryCrossEntropy
 from model_architecture import SimplifiedTagger, TaggerEnsemble, VisionTransformerConfig, create_model
+from scripts.gpu_bench.flops import forward_flops
 from tagger.distributed import ALONE, Ranks
 from tagger.ensemble import Ensemble, networks_in
 from tagger.errors import InputError
@@ -23,7 +24,7 @@ from tagger.optim.groups import layers_below_head
 from tagger.parallel import require_shardable
 from tagger.tokens import resize_position_embedding
 from tagger.transfer import InitialWeights, start_from
-from training_utils import compile_model, create_optimizer
+from training_utils import MixedPrecisionTrainer, compile_model, create_optimizer
 
 TAGS = ("bird", "boat", "tree", "house", "cloud")
 CONFIG = VisionTransformerConfig(
@@ -62,7 +63,11 @@ def test_one_member_is_a_plain_tagger() -> None:
     section = ModelSection(preset="vit_tiny", depth=1)
     assert isinstance(create_model(section, 3, 32), SimplifiedTagger)
     section = dataclasses.replace(section, num_members=2)
-    assert isinstance(create_model(section, 3, 32), TaggerEnsemble)
+    model = create_model(section, 3, 32)
+    assert isinstance(model, TaggerEnsemble)
+    assert all(isinstance(create_model(member.config), SimplifiedTagger) for member in _members(model))
+    with pytest.raises(ValueError, match="num_members=2 for one network; use create_model"):
+        SimplifiedTagger(model.config)
     with pytest.raises(ValueError, match="an ensemble of 1; pass two networks or more"):
         Ensemble([nn.Linear(2, 2)])
 
@@ -101,6 +106,59 @@ def test_each_member_is_trained_by_its_own_loss(chunk_tags: int | None, own_shar
         for name, parameter in member.named_parameters():
             torch.testing.assert_close(found[name].grad, parameter.grad, msg=name)
     torch.testing.assert_close(loss, torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])  # Muon's has the same length whatever the gradient's
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_an_update_is_that_of_each_member_alone(name: Any, limit: float | None) -> None:
+    """Also where one member's gradient is far above the limit and the others' are not."""
+    section = OptimizerSection(name=name, eps=1e-30)
+    together, alone, batch = _ensemble(), _ensemble(), _batch()
+    with torch.no_grad():
+        for model in (together, alone):
+            _members(model)[0].head.weight.mul_(100)
+    precision = MixedPrecisionTrainer("off", torch.device("cpu"))
+    TrainingObjective(together, BinaryCrossEntropy())(*batch).backward()
+    norm, left_out = precision.step(create_optimizer(section, together), list(together.parameters()), limit, None, 3)
+    norms = []
+    for member in _members(alone):
+        TrainingObjective(member, BinaryCrossEntropy())(*batch).backward()
+        norms.append(precision.step(create_optimizer(section, member), list(member.parameters()), limit)[0])
+    assert not left_out and max(norms) > 20 * min(norms)
+    torch.testing.assert_close(norm, torch.stack(norms).mean())
+    for (key, found), expected in zip(together.named_parameters(), alone.parameters(), strict=True):
+        if not key.endswith("qkv.bias"):  # a key's bias has no gradient but rounding
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_bad_gradient_of_one_member_leaves_the_update_out() -> None:
+    model = _ensemble()
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    TrainingObjective(model, BinaryCrossEntropy())(*_batch()).backward()
+    gradient = _members(model)[1].head.bias.grad
+    assert gradient is not None
+    gradient[0] = float("nan")
+    precision = MixedPrecisionTrainer("off", torch.device("cpu"))
+    optimizer = create_optimizer(OptimizerSection(), model)
+    assert precision.step(optimizer, list(model.parameters()), 1.0, None, 3)[1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+
+
+def test_logits_have_the_members_dtype() -> None:
+    model, images = _ensemble().eval(), _batch()[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(images).dtype == torch.float32 and model.train()(images).dtype == torch.bfloat16
+    assert model.double().eval()(images).dtype == torch.float64
+
+
+def test_shapes_are_had_without_values() -> None:
+    with torch.device("meta"):
+        model = create_model(CONFIG).eval()
+        assert model(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, len(TAGS))
+
+
+def test_the_formula_counts_all_members() -> None:
+    assert forward_flops(CONFIG) == 3 * forward_flops(dataclasses.replace(CONFIG, num_members=1))
 
 
 def test_dropout_is_drawn_for_each_member() -> None:
@@ -171,10 +229,11 @@ def test_a_new_ensemble_starts_from_an_old_one_member_by_member() -> None:
         assert torch.equal(new.blocks[1].mlp.fc1.weight, old.blocks[1].mlp.fc1.weight)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("theirs", "ours"), [(1, 2), (2, 1), (2, 3), (3, 2)])
 def test_starting_from_another_number_of_members_is_refused(theirs: int, ours: int) -> None:
     source, model = (create_model(dataclasses.replace(CONFIG, num_members=number)) for number in (theirs, ours))
-    with pytest.raises(InputError, match=r"head\.weight is missing.* and model\.num_members"):
+    said = rf"source has {theirs} members, this model {ours}; use model\.num_members={theirs}"
+    with pytest.raises(InputError, match=said):
         start_from(model, _initial(source, TAGS), TAGS)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from Configuration_System import FullConfig, load_config
 from loss_functions import create_loss
-from model_architecture import SimplifiedTagger, create_model
+from model_architecture import TaggerModel, create_model
 from scripts.gpu_bench.flops import training_flops
 from tagger.preprocess import Preprocess
 from training_phases import resized_batch, resolve_phases
@@ -31,7 +31,7 @@ def recipe(name: str) -> tuple[FullConfig, list[str]]:
     return load_config(path, environment={}), [line for line in lines if line.startswith("#")]
 
 
-def model_of(config: FullConfig) -> SimplifiedTagger:
+def model_of(config: FullConfig) -> TaggerModel:
     with torch.device("meta"):
         return create_model(config.model, num_tags=NUM_TAGS, image_size=config.data.image_size)
 
