@@ -1,4 +1,4 @@
-"""Checks of a network's dimensions that more than one of them needs; each says the setting that is wrong.
+"""Checks that several dimensions of a network share; each names the setting at fault.
 
 Refuses with ConfigError what is not of the kind, range or multiple that it has to be.
 """

@@ -15,6 +15,7 @@ from Configuration_System import ModelSection, OptimizerSection
 from loss_functions import BinaryCrossEntropy
 from model_architecture import SimplifiedTagger, TaggerEnsemble, VisionTransformerConfig, create_model
 from scripts.gpu_bench.flops import forward_flops
+from tagger.config_io import ConfigError
 from tagger.distributed import ALONE, Ranks
 from tagger.ensemble import Ensemble, networks_in
 from tagger.errors import InputError
@@ -70,6 +71,14 @@ def test_one_member_is_a_plain_tagger() -> None:
         SimplifiedTagger(model.config)
     with pytest.raises(ValueError, match="an ensemble of 1; pass two networks or more"):
         Ensemble([nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize("number", [-1, 0, 65])
+def test_a_number_of_members_that_cannot_be_meant_is_refused(number: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"model\.num_members={number} is not a whole number from 1 to 64; 4 is usual"
+    ):
+        ModelSection(num_members=number)
 
 
 def test_a_saved_config_gives_the_same_ensemble_back() -> None:

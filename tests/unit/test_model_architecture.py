@@ -104,6 +104,7 @@ def test_a_section_overrides_its_preset() -> None:
         ({"num_tags": True}, "num_tags=True is not a whole number, 1 or more"),
         ({"drop_path": 1.0}, "model.drop_path=1.0 is not in 0 <= x < 1"),
         ({"head_dropout": 1.0}, "model.head_dropout=1.0 is not in 0 <= x < 1"),
+        ({"num_members": 1.5}, "model.num_members=1.5 is not a whole number, 1 or more"),
         ({"pooling_grid": 0}, "model.pooling_grid=0 is not a whole number, 1 or more"),
         ({"pooling": "grid", "pooling_grid": 5}, "model.pooling_grid=5 is above the tokens a side; use 4"),
         ({"mlp_ratio": 0.0}, "model.mlp_ratio=0.0 leaves the MLP no hidden unit"),
