@@ -5,6 +5,7 @@ pass. Adds nothing to the state dict of the model, which stays a module that can
 chunks of a network that has no `forward_features` and linear `head`.
 """
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -52,26 +53,21 @@ class TrainingObjective(nn.Module):
 
     def _loss_of(
         self,
-        network: nn.Module,
+        network: Any,
         images: Tensor,
         valid_sizes: Tensor,
         tag_indices: Tensor,
         tag_offsets: Tensor,
         own_share: float,
     ) -> Tensor:
-        def loss(outputs: Tensor) -> Tensor:
-            if self.chunk_tags is None:
-                return self._loss_of_logits(outputs, tag_indices, tag_offsets)
-            return self._loss_of_features(outputs, cast(Any, network).head, tag_indices, tag_offsets)
-
-        outputs: Tensor = (network if self.chunk_tags is None else cast(Any, network).forward_features)(
-            images, valid_sizes
-        )
-        total = loss(outputs)
+        chunked = self.chunk_tags is not None
+        loss = functools.partial(self._loss_of_features, network.head) if chunked else self._loss_of_logits
+        outputs: Tensor = network.forward_features(images, valid_sizes) if chunked else network(images, valid_sizes)
+        total = loss(outputs, tag_indices, tag_offsets)
         if own_share < 1.0:
             # A cost is linear in its target, so the blend of the targets is that of the costs. Turned back by one, row
             # i of the outputs is of the blend that holds image i as the other.
-            total = own_share * total + (1.0 - own_share) * loss(outputs.roll(-1, 0))
+            total = own_share * total + (1.0 - own_share) * loss(outputs.roll(-1, 0), tag_indices, tag_offsets)
         return total
 
     def _loss_of_logits(self, logits: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
@@ -79,7 +75,7 @@ class TrainingObjective(nn.Module):
             loss: Tensor = self.criterion(logits, tag_indices, tag_offsets)
         return loss
 
-    def _loss_of_features(self, features: Tensor, head: nn.Linear, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
+    def _loss_of_features(self, head: nn.Linear, features: Tensor, tag_indices: Tensor, tag_offsets: Tensor) -> Tensor:
         dtype = product_dtype(head.weight)
         with without_autocast(features):
             loss: Tensor = cast(Any, self.criterion).through_head(
