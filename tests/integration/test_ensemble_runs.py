@@ -1,7 +1,6 @@
 """Runs of several networks as one model: trained, resumed, evaluated and used as one."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 import train_direct
 import validation_loop
 from scripts import predict
-from tests.integration.test_train_direct import arguments, final_state, losses_of, results_of, run
+from tests.integration.test_train_direct import arguments, copy_half, final_state, losses_of, results_of, run
 
 MEMBERS = ("model.num_members=2", "checkpoint.every_steps=1", "checkpoint.keep_last=100")
 
@@ -20,12 +19,7 @@ def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_resume_continues_bitwise(straight: Path, images: Path, tmp_path: Path) -> None:
-    steps = sorted((straight / "checkpoints").glob("step-*"))
-    resumed = tmp_path / "resumed"
-    for path in steps[: len(steps) // 2 - 1]:
-        shutil.copytree(path, resumed / "checkpoints" / path.name)
-    for name in ("config.yaml", "vocabulary.json", "metrics.jsonl"):
-        shutil.copy(straight / name, resumed / name)
+    resumed = copy_half(straight, tmp_path / "resumed")
     run(images, tmp_path, "resumed", *MEMBERS, "--resume", "latest")
     expected, found = final_state(straight), final_state(resumed)
     assert expected.keys() == found.keys()

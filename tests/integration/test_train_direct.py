@@ -74,6 +74,16 @@ def final_state(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{part}/{k}": v for part in parts for k, v in load_file(newest / f"{part}.safetensors").items()}
 
 
+def copy_half(straight: Path, half: Path) -> Path:
+    """What a run that kept every checkpoint had left inside an epoch, half-way."""
+    steps = sorted((straight / "checkpoints").glob("step-*"))
+    for path in steps[: len(steps) // 2 - 1]:
+        shutil.copytree(path, half / "checkpoints" / path.name)
+    for name in ("config.yaml", "vocabulary.json", "metrics.jsonl"):
+        shutil.copy(straight / name, half / name)
+    return half
+
+
 @pytest.fixture(scope="module")
 def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(images, tmp_path_factory.mktemp("runs"), "whole")
@@ -180,12 +190,7 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, images: Path, t
 def test_resume_continues_bitwise(images: Path, tmp_path: Path, accumulation: int) -> None:
     more = (f"training.accumulation_steps={accumulation}", "checkpoint.every_steps=1", "checkpoint.keep_last=100")
     straight = run(images, tmp_path, "straight", *more)
-    steps = sorted((straight / "checkpoints").glob("step-*"))
-    resumed = tmp_path / "resumed"
-    for path in steps[: len(steps) // 2 - 1]:  # inside an epoch
-        shutil.copytree(path, resumed / "checkpoints" / path.name)
-    for name in ("config.yaml", "vocabulary.json", "metrics.jsonl"):
-        shutil.copy(straight / name, resumed / name)
+    resumed = copy_half(straight, tmp_path / "resumed")
     run(images, tmp_path, "resumed", *more, "--resume", "latest")
     expected, found = final_state(straight), final_state(resumed)
     assert expected.keys() == found.keys()
