@@ -225,8 +225,10 @@ def test_a_mistyped_name_is_no_fresh_start(
     assert not (finished.parent / "wholle").exists()
 
 
-def test_twenty_losses_equal_their_golden(images: Path, tmp_path: Path) -> None:
+def test_twenty_losses_equal_their_golden(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regenerate by deleting the file and running this test twice; it holds the arithmetic of a whole CPU step."""
+    # What trunc_normal_ draws from a seed differs between releases of torch; normal_ gives the same in all of them.
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", torch.nn.init.normal_)
     folder = run(images, tmp_path, "golden", "training.num_epochs=4", "model.dropout=0", "orientation.map_path=null")
     losses = [losses_of(folder)[step] for step in range(1, 21)]
     if not GOLDEN.exists():
