@@ -134,7 +134,7 @@ def build(
 
     Every one of `ranks` calls it; rank 0 alone writes into the folder.
     """
-    training = config.training
+    training, alerts = config.training, alerts or Alerts(None)
     require_shardable(training.parallel, ranks, config.optimizer.name, config.model.num_members)
     device = resolve_device(training.device)
     seed_everything(training.seed)
@@ -195,6 +195,9 @@ def build(
             nothing_left(training.num_epochs, state, yardstick)
     if isinstance(manager, CheckpointManager):
         manager.before_write = folder.require_ours
+        manager.on_wait = lambda why: alerts.send(
+            "waiting for the disk", f"{folder.name}: {why}", run=folder.name, status="running", reason=why
+        )
         manager.reserve(state)
         manager.report_room(state.stand_ins(), state.step, state.step + left)
         save_yaml(config, folder.config_path)
@@ -236,7 +239,7 @@ def build(
             silent=not ranks.is_main,
         ),
         stop=stop,
-        alerts=alerts or Alerts(None),
+        alerts=alerts,
         total_steps=state.step + left,
     )
 

@@ -3,7 +3,6 @@
 Refuses nothing: an error that it does not know is a failure with exit code 1.
 """
 
-import errno
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -11,7 +10,14 @@ import torch
 
 from tagger.checkpoint.format import NotFiniteError
 from tagger.checkpoint.writer import CheckpointWriteError
-from tagger.errors import DivergedError, InputError, LostFolderError, PeerFailedError, StorageError
+from tagger.errors import (
+    DivergedError,
+    InputError,
+    LostFolderError,
+    PeerFailedError,
+    StorageError,
+    is_storage_failure,
+)
 
 # "killed" is never written: it is what a reader says of a run that is said to be running and whose process is gone.
 Status = Literal["running", "completed", "stopped", "failed", "diverged", "killed"]
@@ -22,7 +28,6 @@ OUT_OF_MEMORY_ADVICE = (
     "or lower data.image_size"
 )
 STORAGE_ADVICE = "make room or mend the disk"
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 # torch raises plain RuntimeErrors for some of these; the texts are those of its allocators and of cuBLAS.
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -51,9 +56,7 @@ def diagnose(error: BaseException) -> Ending:
         return Ending("diverged", 4, f"{text}; lower optimizer.learning_rate")
     if LostFolderError in (type(error), type(error.__cause__)):
         return Ending("failed", 6, text)
-    if isinstance(error, CheckpointWriteError | StorageError):
-        return Ending("failed", 6, f"{text}; {STORAGE_ADVICE}")
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+    if isinstance(error, CheckpointWriteError | StorageError) or is_storage_failure(error):
         return Ending("failed", 6, f"{text}; {STORAGE_ADVICE}")
     return Ending("failed", 1, f"{type(error).__name__}: {text}")
 

@@ -28,6 +28,9 @@ PATH_ERRORS = frozenset(
     )
 )
 
+# What it says of a disk that is full, failing or gone; with luck it passes.
+STORAGE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE))
+
 
 class InputError(ValueError):
     """Bad configuration or input. One line: what was found, where, what was expected, what to do."""
@@ -81,3 +84,8 @@ class RunFailedError(RuntimeError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether the system says that a disk is full, failing or gone."""
+    return isinstance(error, OSError) and error.errno in STORAGE_ERRORS

@@ -7,6 +7,7 @@ tests were started in the background, which hands down SIGINT and SIGHUP as igno
 import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +20,9 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
 
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose last save fails ends at once; the tests of waiting say how long."""
+    monkeypatch.setattr("tagger.checkpoint.writer.PATIENCE_S", 0.0)

@@ -80,10 +80,9 @@ def _trial(disk: Path, manager: CheckpointManager, state: TrainState, room: int)
     set_step(state, first)
     manager.save(state, {METRIC: first / 1000})  # must not raise: training goes on
     deadline = time.monotonic() + _LONGEST_SAVE_S
-    while manager.lag_s() and time.monotonic() < deadline:
+    while not (told := manager.poll()) and time.monotonic() < deadline:
         time.sleep(0.001)
     set_step(state, first + 1)  # the next step
-    told = manager.poll()
     if [failure.step for failure in told] != [first]:
         wrong.append(f"told after one step: {[str(failure) for failure in told]}")
     for failure in told:

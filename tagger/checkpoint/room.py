@@ -1,8 +1,11 @@
 """How much of a disk a run's checkpoints take, said at its start: a run of days must not find out on its last one.
 
-An estimate from the tensors alone; quotas and what other programs write are not known. Refuses nothing.
+An estimate from the tensors alone; quotas and what other programs write are not known. `require_room` refuses, with
+OSError, what does not fit.
 """
 
+import errno
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,13 +52,12 @@ def plan_room(folder: Path, policy: SavePolicy, checkpoint_bytes: int, step: int
     num_kept = policy.keep_last + 2  # the best, and the one that is written before an older one goes
     num_history = 0 if policy.keep_every is None else total_steps // policy.keep_every - step // policy.keep_every
     num_to_come = num_kept - min(present, num_kept - 1) + num_history
-    place = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     return Room(
         checkpoint_bytes,
         num_kept * checkpoint_bytes,
         num_history * checkpoint_bytes,
         num_to_come * checkpoint_bytes,
-        shutil.disk_usage(place).free,
+        _free_bytes(folder),
         policy,
     )
 
@@ -63,6 +65,18 @@ def plan_room(folder: Path, policy: SavePolicy, checkpoint_bytes: int, step: int
 def tensor_bytes(parts: Mapping[str, Tensors]) -> int:
     """Bytes of all tensors."""
     return sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """The OSError of a full disk where the one of `folder` has no room for so much; nothing is written to find out."""
+    free = _free_bytes(folder)
+    if free < num_bytes:
+        found = f"{os.strerror(errno.ENOSPC)}: {_readable(free)} free of the {_readable(num_bytes)} needed"
+        raise OSError(errno.ENOSPC, found, str(folder))
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.is_dir())).free
 
 
 def _readable(num_bytes: int) -> str:

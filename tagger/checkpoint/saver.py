@@ -1,7 +1,9 @@
 """Saving in the background without losing anything silently: snapshot, queue, store and the failures, as one.
 
 A save that fails ends no run: `poll` tells of it from the next step on, and the saves that follow are tried all the
-same. Only the newest state not being on disk at the end is an error, of `close`.
+same. Where the disk failed (it is full, say), the newest state is held in memory and tried again until it is saved or a
+newer one takes its place. Only that state not being on disk at the end is an error, of `close`, which waits for an hour
+before it gives up.
 
 However long the disk hangs, training goes on and the memory is bounded: one state is being written, and at most the
 newest, the best and MAX_KEPT_WAITING of `keep_every` wait. Further ones of `keep_every` are like any other save, and
@@ -17,10 +19,11 @@ from types import TracebackType
 from typing import TypeVar
 
 from tagger.checkpoint.format import Json, LoadedCheckpoint, Tensors, checkpoint_name, encode_state
-from tagger.checkpoint.room import plan_room, tensor_bytes
+from tagger.checkpoint.room import plan_room, require_room, tensor_bytes
 from tagger.checkpoint.snapshot import HostSnapshot, SnapshotPool
 from tagger.checkpoint.store import BestRecord, CheckpointStore
 from tagger.checkpoint.writer import MAX_KEPT_WAITING, AsyncCheckpointWriter, CheckpointWriteError, SaveFailure
+from tagger.errors import is_storage_failure
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +43,9 @@ class _Save:
 class CheckpointSaver:
     """The background side of a store. One at a time for a folder; used by one training thread.
 
-    `num_failures` counts all failures so far, those that `poll` has told of included. What `before_write` raises, on
-    the writer's thread, is a failure of the save.
+    `num_failures` counts the saves that failed so far, those that `poll` has told of included, each once. What
+    `before_write` raises, on the writer's thread, is a failure of the save. `on_wait` is told that the end waits for a
+    disk that is full or failing.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
@@ -50,13 +54,17 @@ class CheckpointSaver:
         self._pool = SnapshotPool()
         self._writer: AsyncCheckpointWriter[_Save] = AsyncCheckpointWriter(
             self._write,
-            self._give_up,
+            self._release,
             lambda save: f"checkpoint {store.folder / checkpoint_name(save.step)}",
+            is_storage_failure,
+            lambda message: self.on_wait(message),
         )
         self._failures: deque[SaveFailure] = deque()
+        self._told_of: _Save | None = None
         self._saved_at_s = 0.0
         self.num_failures = 0
         self.before_write: Callable[[], None] = lambda: None
+        self.on_wait: Callable[[str], None] = lambda _: None
 
     @property
     def best_metric(self) -> str:
@@ -115,22 +123,24 @@ class CheckpointSaver:
         commits = self._store.commits
         try:
             self.before_write()
+            if save is self._told_of:  # tried again: a disk that is still full is not filled to the brim each time
+                require_room(self._store.folder, tensor_bytes(save.snapshot.tensors))
             self._store.commit(save.step, save.snapshot.tensors, save.state, save.score)
         except Exception as error:
             # What did not reach the disk must not stand in the way of the next best one.
             self._best_score = None if self._store.best is None else self._store.best.value
             failure = SaveFailure(save.step, error, on_disk=self._store.commits > commits)
-            self._tell(failure)
+            if save is not self._told_of:
+                self._tell(failure)
+                self._told_of = save
             if not failure.on_disk:
                 raise
             logger.error("%s", failure)
             error.__traceback__ = None  # its frames hold the whole state
-        finally:
-            self._release(save)
 
-    def _give_up(self, save: _Save) -> None:
-        self._release(save)
-        if self._store.policy.is_history(save.step):
+    def _release(self, save: _Save, tried: bool) -> None:
+        self._pool.release(save.snapshot)
+        if not tried and self._store.policy.is_history(save.step):
             late = f"the disk is {self.lag_s():.0f} s late, and {MAX_KEPT_WAITING} of checkpoint.keep_every are waiting"
             failure = SaveFailure(save.step, CheckpointWriteError(late), on_disk=False)
             logger.error("%s; a newer one takes its place", failure)
@@ -139,9 +149,6 @@ class CheckpointSaver:
     def _tell(self, failure: SaveFailure) -> None:
         self.num_failures += 1
         self._failures.append(failure)
-
-    def _release(self, save: _Save) -> None:
-        self._pool.release(save.snapshot)
 
     def poll(self) -> list[SaveFailure]:
         """The failures since the last call, oldest first; cheap enough for every step."""
@@ -166,7 +173,7 @@ class CheckpointSaver:
         return self._writer.lag_s()
 
     def flush(self) -> None:
-        """Wait until every save so far is on disk; raises CheckpointWriteError where the newest is not."""
+        """Wait until every save so far is on disk; raises CheckpointWriteError where the newest is not (see above)."""
         self._writer.flush()
 
     def close(self) -> None:

@@ -33,6 +33,9 @@ from tagger.checkpoint.format import (
 logger = logging.getLogger(__name__)
 
 MAX_KEPT_WAITING = 2  # each is a whole training state in memory
+RETRY_EVERY_S = 30.0
+# How long the end of a run waits for a disk that is full: long enough for whom an alert wakes.
+PATIENCE_S = 3600.0
 TEMPORARY_PREFIX = ".tmp-"
 _RECORD = re.compile(r"\.(last|best)\.json\..*\.tmp$")  # as tagger.files.write_atomic names them
 T = TypeVar("T")
@@ -177,32 +180,49 @@ class _Waiting(NamedTuple, Generic[T]):
     kept: bool
 
 
+class _Failed(NamedTuple, Generic[T]):
+    item: T
+    since_s: float
+    again_s: float
+
+
 class AsyncCheckpointWriter(Generic[T]):
     """Runs `write(item)` for submitted items on a background thread, in order; used by one training thread.
 
-    Each item is submitted for some purposes. While the writer is busy, items wait; one that waits is dropped (given to
-    `discard`) as soon as a newer one serves all its purposes. So with purposes {"last"} and {"last", "best"} at most
-    two wait however slow the disk is, and a best one is dropped for a better one only. An item to be kept is not
-    dropped, but no more than MAX_KEPT_WAITING of them are held at a time: a disk that hangs must not fill the memory,
-    which would end the run, nor hold up training, which saves nothing. One above that number is like any other.
+    Each item is submitted for some purposes. While the writer is busy, items wait; one that waits is dropped as soon
+    as a newer one serves all its purposes. So with purposes {"last"} and {"last", "best"} at most two wait however slow
+    the disk is, and a best one is dropped for a better one only. An item to be kept is not dropped, but no more than
+    MAX_KEPT_WAITING of them are held at a time: a disk that hangs must not fill the memory, which would end the run,
+    nor hold up training, which saves nothing. One above that number is like any other.
 
-    An error of `write` is logged and stops nothing: later items are written all the same. `flush` and `close` raise
-    that of the newest item, whose state is then not on disk. `name` is what messages call an item.
+    An error of `write` is logged and stops nothing: later items are written all the same. The newest item, where its
+    error is one that `may_pass`, is held and tried again every RETRY_EVERY_S until it is written or a newer one is
+    submitted. `flush` and `close` wait for that, up to `patience_s`, and raise the error of the newest item, whose
+    state is then not on disk.
+
+    Every item ends in one call of `release(item, tried)`, `tried` being False where it was dropped unwritten. `name` is
+    what messages call an item. `on_wait` is told, once each time, that `flush` or `close` waits for the disk to mend.
     """
 
     def __init__(
         self,
         write: Callable[[T], None],
-        discard: Callable[[T], None] | None = None,
+        release: Callable[[T, bool], None] = lambda _item, _tried: None,
         name: Callable[[T], str] = lambda _: "a checkpoint",
+        may_pass: Callable[[Exception], bool] = lambda _: False,
+        on_wait: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._write = write
         self._name = name
-        self._discard = discard
+        self._release = release
+        self._may_pass = may_pass
+        self._on_wait = on_wait
+        self.patience_s = PATIENCE_S
         self._waiting: deque[_Waiting[T]] = deque()
+        self._failed: _Failed[T] | None = None
         self._busy_since: float | None = None
         self._error: Exception | None = None
-        self._failed = ""
+        self._error_of = ""
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
@@ -223,23 +243,49 @@ class AsyncCheckpointWriter(Generic[T]):
         with self._changed:
             dropped = [each for each in self._waiting if each.purposes <= purposes and not each.kept]
             self._waiting = deque(each for each in self._waiting if each.kept or not each.purposes <= purposes)
+            failed, self._failed = self._failed, None
+        if failed is not None:
+            self._release(failed.item, True)
         for old in dropped:
             logger.info("the disk is slow: a waiting checkpoint gives way to a newer one")
-            if self._discard is not None:
-                self._discard(old.item)
+            self._release(old.item, False)
 
     def flush(self) -> None:
         """Wait until everything accepted so far is written; raises CheckpointWriteError if the newest was not."""
+        self._settle()
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and self._busy_since is None)
             error = self._error
         if error is not None:
-            raise CheckpointWriteError(f"{self._failed} could not be written: {error}") from error
+            raise CheckpointWriteError(f"{self._error_of} could not be written: {error}") from error
+
+    def _settle(self) -> None:
+        """Wait until nothing is left to write, or to try again within `patience_s`."""
+        deadline, told = time.monotonic() + self.patience_s, False
+        with self._changed:
+            while self._waiting or self._busy_since is not None or self._failed is not None:
+                left = deadline - time.monotonic()
+                if self._failed is None:
+                    self._changed.wait()
+                elif left > 0:
+                    if not told:
+                        told = True
+                        message = (
+                            f"{self._error_of} is kept in memory and tried again every {RETRY_EVERY_S:.0f} s for "
+                            f"{self.patience_s / 60:.0f} min: make room on the disk; ending the process loses it"
+                        )
+                        logger.error(message)
+                        self._on_wait(message)
+                    self._changed.wait(left)
+                else:
+                    item, self._failed = self._failed.item, None
+                    self._release(item, True)
 
     def lag_s(self) -> float:
         """Seconds since the oldest unfinished item was submitted; 0 when all is written."""
         with self._changed:
             times = [each.since_s for each in self._waiting]
+            if self._failed is not None:
+                times.append(self._failed.since_s)
             if self._busy_since is not None:
                 times.append(self._busy_since)
         return time.monotonic() - min(times) if times else 0.0
@@ -248,26 +294,46 @@ class AsyncCheckpointWriter(Generic[T]):
         """Write what waits, however long it takes, and end the thread; raises as `flush` does, each time."""
         with self._changed:
             self._closing = True
+        self._settle()
+        with self._changed:
             self._changed.notify_all()
         self._thread.join()
         self.flush()
 
+    def _next(self) -> tuple[T, float, bool] | None:
+        """What to write now, since when it waits and whether it has failed before; None once closed."""
+        with self._changed:
+            while True:
+                if self._waiting:
+                    item, _, self._busy_since, _ = self._waiting.popleft()
+                    return item, self._busy_since, False
+                pause = None if self._failed is None else self._failed.again_s - time.monotonic()
+                if self._failed is not None and pause is not None and pause <= 0:
+                    item, self._busy_since, _ = self._failed
+                    self._failed = None
+                    return item, self._busy_since, True
+                if self._closing and self._failed is None:
+                    return None
+                self._changed.wait(pause)
+
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
-                    return
-                item, _, self._busy_since, _ = self._waiting.popleft()
+        while (due := self._next()) is not None:
+            item, since_s, again = due
             failure: Exception | None = None
             try:
                 self._write(item)
             except Exception as error:  # handed over: flush and close raise it
                 expected = isinstance(error, OSError | CheckpointError)
-                self._failed = self._name(item)
-                logger.error("%s could not be written: %s", self._failed, error, exc_info=not expected)
+                level = logging.DEBUG if again and expected else logging.ERROR
+                self._error_of = self._name(item)
+                logger.log(level, "%s could not be written: %s", self._error_of, error, exc_info=not expected)
                 failure = error.with_traceback(None)  # its frames hold the whole state
             with self._changed:
                 self._error = failure
                 self._busy_since = None
+                if failure is not None and self._may_pass(failure) and not self._waiting:
+                    self._failed = _Failed(item, since_s, time.monotonic() + RETRY_EVERY_S)
+                ended = self._failed is None
+                if ended:
+                    self._release(item, True)
                 self._changed.notify_all()

@@ -88,6 +88,8 @@ def full_disk_at_the_last_save(patch: pytest.MonkeyPatch, _images: Path) -> Word
         return real(stream, tensors)
 
     patch.setattr(writer, "write_tensors", write_tensors)
+    patch.setattr(writer, "RETRY_EVERY_S", 0.05)
+    patch.setattr(writer, "PATIENCE_S", 0.2)
     return ["checkpoint.every_steps=3"]
 
 

@@ -10,9 +10,10 @@ import torch
 
 from tagger.checkpoint.format import encode_state
 from tagger.checkpoint.retention import SavePolicy
-from tagger.checkpoint.room import plan_room, tensor_bytes
+from tagger.checkpoint.room import plan_room, require_room, tensor_bytes
 from tagger.checkpoint.saver import CheckpointSaver
 from tagger.checkpoint.store import CheckpointStore
+from tagger.errors import is_storage_failure
 
 
 class Usage(NamedTuple):
@@ -72,3 +73,11 @@ def test_too_little_room_is_a_warning_at_the_start(
     )
     assert expected in record.message and f"10.0 MB still to come, {free / 5:.1f} MB free" in record.message
     assert ("make room" in record.message) == (level == logging.WARNING)
+
+
+def test_a_disk_without_room_is_told_without_writing(tmp_path: Path) -> None:
+    require_room(tmp_path / "checkpoints", 1)
+    with pytest.raises(OSError, match=r"No space left on device: .* free of the 1000000\.0 TB needed") as caught:
+        require_room(tmp_path, 10**18)
+    assert is_storage_failure(caught.value)
+    assert [*tmp_path.iterdir()] == []

@@ -23,6 +23,7 @@ from tagger.checkpoint.writer import (
     CheckpointWriteError,
     write_checkpoint,
 )
+from tagger.errors import is_storage_failure
 
 LAST, BEST = frozenset({"last"}), frozenset({"last", "best"})
 
@@ -134,6 +135,7 @@ class SlowDisk:
     def __init__(self) -> None:
         self.written: list[int] = []
         self.dropped: list[int] = []
+        self.released: list[int] = []
         self.started = threading.Semaphore(0)
         self.gate = threading.Semaphore(0)
         self.fail: set[int] = set()
@@ -145,6 +147,11 @@ class SlowDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.written.append(item)
 
+    def release(self, item: int, tried: bool) -> None:
+        self.released.append(item)
+        if not tried:
+            self.dropped.append(item)
+
 
 @pytest.fixture
 def disk() -> SlowDisk:
@@ -153,7 +160,7 @@ def disk() -> SlowDisk:
 
 @pytest.fixture
 def writer(disk: SlowDisk) -> Iterator[AsyncCheckpointWriter[int]]:
-    made = AsyncCheckpointWriter(disk.write, disk.dropped.append)
+    made = AsyncCheckpointWriter(disk.write, disk.release)
     yield made
     disk.gate.release(100)
     with contextlib.suppress(CheckpointWriteError):
@@ -227,6 +234,7 @@ def test_a_disk_that_hangs_holds_a_bounded_number_whatever_is_submitted(
     writer.submit(500, LAST, keep=True)  # there is room again
     writer.flush()
     assert disk.written[-1] == 500
+    assert sorted(disk.released) == list(range(501))
 
 
 def test_room_is_made_before_the_newer_one_is_there(writer: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:
@@ -275,6 +283,90 @@ def test_closing_after_an_older_failure_is_no_error() -> None:
     writer.submit(2, LAST)
     writer.close()
     assert disk.written == [2]
+
+
+@pytest.fixture
+def holding(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncCheckpointWriter[int]]:
+    """A writer that tries again what fails; the disk answers at once."""
+    monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 10.0)
+    disk.gate.release(10_000)
+    made = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure)
+    yield made
+    made.patience_s = 0
+    with contextlib.suppress(CheckpointWriteError):
+        made.close()
+
+
+def failed_often(disk: SlowDisk) -> None:
+    """Wait for the fourth try from here."""
+    for _ in range(4):
+        assert disk.started.acquire(timeout=10)
+
+
+def test_what_failed_is_written_once_the_disk_has_room(
+    holding: AsyncCheckpointWriter[int], disk: SlowDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.fail = {1}
+    holding.submit(1)
+    failed_often(disk)
+    assert disk.written == [] and disk.released == [] and holding.lag_s() > 0
+    disk.fail.clear()
+    holding.flush()
+    assert disk.written == [1] and disk.released == [1] and holding.lag_s() == 0
+    assert [record.levelname for record in caplog.records].count("ERROR") <= 2  # the failure, and that flush waits
+
+
+def test_what_failed_gives_way_to_whatever_is_newer(holding: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:
+    disk.fail = {1}
+    holding.submit(1, BEST)
+    failed_often(disk)
+    holding.submit(2, LAST)
+    holding.flush()
+    disk.fail.clear()
+    holding.flush()
+    assert disk.written == [2] and disk.released == [1, 2] and disk.dropped == []
+
+
+def test_the_end_waits_for_the_disk(holding: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:
+    disk.fail = {1}
+    holding.submit(1)
+    failed_often(disk)
+    closing = threading.Thread(target=holding.close)
+    closing.start()
+    failed_often(disk)
+    assert closing.is_alive()
+    disk.fail.clear()
+    closing.join(10)
+    assert not closing.is_alive() and disk.written == [1] and disk.released == [1]
+
+
+def test_the_end_waits_no_longer_than_its_patience(
+    holding: AsyncCheckpointWriter[int], disk: SlowDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.fail = {1}
+    holding.submit(1)
+    holding.patience_s = 0.2
+    for _ in range(2):
+        with pytest.raises(CheckpointWriteError, match="No space left on device"):
+            holding.close()
+    assert disk.written == [] and disk.released == [1]
+    assert "is kept in memory and tried again every" in caplog.text
+
+
+def test_a_fault_of_the_program_is_not_tried_again(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.01)
+    tries: list[int] = []
+
+    def write(item: int) -> None:
+        tries.append(item)
+        raise ValueError("no tensor")
+
+    writer = AsyncCheckpointWriter(write, disk.release, may_pass=is_storage_failure)
+    writer.submit(1)
+    with pytest.raises(CheckpointWriteError, match="no tensor"):
+        writer.close()
+    assert tries == [1] and disk.released == [1]
 
 
 # Snapshots

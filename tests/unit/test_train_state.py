@@ -1,7 +1,9 @@
 """Resuming is bitwise exact, and what a run saves is never lost, mixed up or changed behind its back."""
 
+import copy
 import dataclasses
 import random
+import threading
 import typing
 from pathlib import Path
 
@@ -298,6 +300,33 @@ def test_a_failed_save_is_told_once_and_the_next_one_succeeds(tmp_path: Path, mo
     train(state, 1)
     manager.save(state, scores(0.5), wait=True)  # better than what is on disk, if not than what was lost
     assert manager.best is not None and manager.best.value == 0.5 and manager.saved_step == 3
+
+
+def test_a_save_that_the_disk_refused_is_made_once_it_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tagger.checkpoint import writer
+
+    monkeypatch.setattr(writer, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(writer, "PATIENCE_S", 10.0)
+    state, tries = new_state(), threading.Semaphore(0)
+
+    def full_still(*words: object) -> None:
+        tries.release()
+        full(*words)
+
+    with CheckpointManager(tmp_path, 2, "val/mAP") as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "write_tensors", full_still)
+            train(state, 1)
+            manager.save(state, scores(0.9))
+            for _ in range(4):
+                assert tries.acquire(timeout=10)
+        weights = copy.deepcopy(state.model.state_dict())
+        train(state, 3)  # what is saved is the state of then
+        manager.flush()
+        assert [failure.step for failure in manager.poll()] == [1] and manager.num_failures == 1
+        loaded = manager.load("best")
+    assert loaded is not None and loaded.step == 1
+    torch.testing.assert_close(dict(loaded.tensors["model"]), dict(weights), rtol=0, atol=0)
     manager.close()
 
 
