@@ -140,6 +140,8 @@ class CheckpointSaver:
 
     def _release(self, save: _Save, tried: bool) -> None:
         self._pool.release(save.snapshot)
+        if save is self._told_of:
+            self._told_of = None
         if not tried and self._store.policy.is_history(save.step):
             late = f"the disk is {self.lag_s():.0f} s late, and {MAX_KEPT_WAITING} of checkpoint.keep_every are waiting"
             failure = SaveFailure(save.step, CheckpointWriteError(late), on_disk=False)
