@@ -24,5 +24,5 @@ settings.load_profile("no clock")
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose last save fails ends at once; the tests of waiting say how long."""
+    """A run whose last save fails ends at once, in this process; the tests of waiting say how long."""
     monkeypatch.setattr("tagger.checkpoint.writer.PATIENCE_S", 0.0)

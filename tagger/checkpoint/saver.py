@@ -2,8 +2,8 @@
 
 A save that fails ends no run: `poll` tells of it from the next step on, and the saves that follow are tried all the
 same. Where the disk failed (it is full, say), the newest state is held in memory and tried again until it is saved or a
-newer one takes its place. Only that state not being on disk at the end is an error, of `close`, which waits for an hour
-before it gives up.
+newer one takes its place. Only that state not being on disk at the end is an error, of `flush` and `close`, which wait
+for an hour (`writer.PATIENCE_S`) before they give up.
 
 However long the disk hangs, training goes on and the memory is bounded: one state is being written, and at most the
 newest, the best and MAX_KEPT_WAITING of `keep_every` wait. Further ones of `keep_every` are like any other save, and
@@ -26,6 +26,8 @@ from tagger.checkpoint.writer import MAX_KEPT_WAITING, AsyncCheckpointWriter, Ch
 from tagger.errors import is_storage_failure
 
 logger = logging.getLogger(__name__)
+
+_SPARE_BYTES = 1 << 20  # for the small files beside the tensors
 
 Self = TypeVar("Self", bound="CheckpointSaver")
 
@@ -60,7 +62,7 @@ class CheckpointSaver:
             lambda message: self.on_wait(message),
         )
         self._failures: deque[SaveFailure] = deque()
-        self._told_of: _Save | None = None
+        self._failed_save: _Save | None = None
         self._saved_at_s = 0.0
         self.num_failures = 0
         self.before_write: Callable[[], None] = lambda: None
@@ -120,29 +122,34 @@ class CheckpointSaver:
         self._saved_at_s = seconds
 
     def _write(self, save: _Save) -> None:
-        commits = self._store.commits
+        commits, again = self._store.commits, save is self._failed_save
         try:
             self.before_write()
-            if save is self._told_of:  # tried again: a disk that is still full is not filled to the brim each time
-                require_room(self._store.folder, tensor_bytes(save.snapshot.tensors))
+            if again:  # a disk that is still full is not filled to the brim each time
+                require_room(self._store.folder, save.snapshot.num_bytes + len(save.state) + _SPARE_BYTES)
             self._store.commit(save.step, save.snapshot.tensors, save.state, save.score)
         except Exception as error:
-            # What did not reach the disk must not stand in the way of the next best one.
-            self._best_score = None if self._store.best is None else self._store.best.value
             failure = SaveFailure(save.step, error, on_disk=self._store.commits > commits)
-            if save is not self._told_of:
+            if not again:
+                # What did not reach the disk must not stand in the way of the next best one.
+                self._best_score = None if self._store.best is None else self._store.best.value
+            if not again or failure.on_disk or not is_storage_failure(error):
                 self._tell(failure)
-                self._told_of = save
+            self._failed_save = save
             if not failure.on_disk:
                 raise
             logger.error("%s", failure)
             error.__traceback__ = None  # its frames hold the whole state
+        else:
+            if again:
+                self._best_score = None if self._store.best is None else self._store.best.value
+                logger.warning("the checkpoint of step %d is saved now, %.0f s late", save.step, self.lag_s())
 
-    def _release(self, save: _Save, tried: bool) -> None:
+    def _release(self, save: _Save, dropped: bool) -> None:
         self._pool.release(save.snapshot)
-        if save is self._told_of:
-            self._told_of = None
-        if not tried and self._store.policy.is_history(save.step):
+        if save is self._failed_save:
+            self._failed_save = None
+        if dropped and self._store.policy.is_history(save.step):
             late = f"the disk is {self.lag_s():.0f} s late, and {MAX_KEPT_WAITING} of checkpoint.keep_every are waiting"
             failure = SaveFailure(save.step, CheckpointWriteError(late), on_disk=False)
             logger.error("%s; a newer one takes its place", failure)
@@ -175,11 +182,11 @@ class CheckpointSaver:
         return self._writer.lag_s()
 
     def flush(self) -> None:
-        """Wait until every save so far is on disk; raises CheckpointWriteError where the newest is not (see above)."""
+        """Wait until every save so far is on disk; raises CheckpointWriteError where the newest cannot be."""
         self._writer.flush()
 
     def close(self) -> None:
-        """`flush`, however long it takes, and end the thread."""
+        """`flush`, and end the thread."""
         self._writer.close()
 
     def __enter__(self: Self) -> Self:

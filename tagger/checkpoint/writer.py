@@ -196,18 +196,18 @@ class AsyncCheckpointWriter(Generic[T]):
     nor hold up training, which saves nothing. One above that number is like any other.
 
     An error of `write` is logged and stops nothing: later items are written all the same. The newest item, where its
-    error is one that `may_pass`, is held and tried again every RETRY_EVERY_S until it is written or a newer one is
-    submitted. `flush` and `close` wait for that, up to `patience_s`, and raise the error of the newest item, whose
-    state is then not on disk.
+    error is one that `may_pass`, is held and tried again every RETRY_EVERY_S until it is written or any newer one is
+    submitted: never is an older item written after a newer one. `flush` and `close` wait for that for PATIENCE_S, and
+    raise the error of the newest item, whose state is then not on disk.
 
-    Every item ends in one call of `release(item, tried)`, `tried` being False where it was dropped unwritten. `name` is
-    what messages call an item. `on_wait` is told, once each time, that `flush` or `close` waits for the disk to mend.
+    Every item ends in one call of `release(item, dropped)`, `dropped` where it was never tried. `name` is what messages
+    call an item. `on_wait` is told, once each time, that `flush` or `close` waits for the disk to mend.
     """
 
     def __init__(
         self,
         write: Callable[[T], None],
-        release: Callable[[T, bool], None] = lambda _item, _tried: None,
+        release: Callable[[T, bool], None] = lambda _item, _dropped: None,
         name: Callable[[T], str] = lambda _: "a checkpoint",
         may_pass: Callable[[Exception], bool] = lambda _: False,
         on_wait: Callable[[str], None] = lambda _: None,
@@ -217,12 +217,11 @@ class AsyncCheckpointWriter(Generic[T]):
         self._release = release
         self._may_pass = may_pass
         self._on_wait = on_wait
-        self.patience_s = PATIENCE_S
         self._waiting: deque[_Waiting[T]] = deque()
         self._failed: _Failed[T] | None = None
         self._busy_since: float | None = None
         self._error: Exception | None = None
-        self._error_of = ""
+        self._failed_name = ""
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
@@ -230,25 +229,33 @@ class AsyncCheckpointWriter(Generic[T]):
 
     def submit(self, item: T, purposes: frozenset[str] = frozenset({"last"}), *, keep: bool = False) -> None:
         """Accept an item without waiting for the disk; `keep` it where not too many such wait already."""
-        self.supersede(purposes)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the checkpoint writer is closed; nothing more can be saved through it")
+            dropped = self._drop(purposes)
+            failed, self._failed = self._failed, None
             kept = keep and sum(each.kept for each in self._waiting) < MAX_KEPT_WAITING
             self._waiting.append(_Waiting(item, purposes, time.monotonic(), kept))
             self._changed.notify_all()
+        self._release_dropped(dropped)
+        if failed is not None:
+            self._release(failed.item, False)
 
     def supersede(self, purposes: frozenset[str]) -> None:
         """Drop what an item for these purposes takes the place of; before it is made, its memory can then be theirs."""
         with self._changed:
-            dropped = [each for each in self._waiting if each.purposes <= purposes and not each.kept]
-            self._waiting = deque(each for each in self._waiting if each.kept or not each.purposes <= purposes)
-            failed, self._failed = self._failed, None
-        if failed is not None:
-            self._release(failed.item, True)
-        for old in dropped:
+            dropped = self._drop(purposes)
+        self._release_dropped(dropped)
+
+    def _drop(self, purposes: frozenset[str]) -> list[T]:
+        dropped = [each.item for each in self._waiting if each.purposes <= purposes and not each.kept]
+        self._waiting = deque(each for each in self._waiting if each.kept or not each.purposes <= purposes)
+        return dropped
+
+    def _release_dropped(self, items: list[T]) -> None:
+        for item in items:
             logger.info("the disk is slow: a waiting checkpoint gives way to a newer one")
-            self._release(old.item, False)
+            self._release(item, True)
 
     def flush(self) -> None:
         """Wait until everything accepted so far is written; raises CheckpointWriteError if the newest was not."""
@@ -256,29 +263,36 @@ class AsyncCheckpointWriter(Generic[T]):
         with self._changed:
             error = self._error
         if error is not None:
-            raise CheckpointWriteError(f"{self._error_of} could not be written: {error}") from error
+            raise CheckpointWriteError(f"{self._failed_name} could not be written: {error}") from error
 
     def _settle(self) -> None:
-        """Wait until nothing is left to write, or to try again within `patience_s`."""
-        deadline, told = time.monotonic() + self.patience_s, False
+        """Wait until nothing is left to write: while the disk hangs without end, while it fails for PATIENCE_S."""
+        deadline: float | None = None
+        given_up: _Failed[T] | None = None
         with self._changed:
             while self._waiting or self._busy_since is not None or self._failed is not None:
-                left = deadline - time.monotonic()
-                if self._failed is None:
+                if self._failed is None or self._busy_since is not None:
                     self._changed.wait()
-                elif left > 0:
-                    if not told:
-                        told = True
-                        message = (
-                            f"{self._error_of} is kept in memory and tried again every {RETRY_EVERY_S:.0f} s for "
-                            f"{self.patience_s / 60:.0f} min: make room on the disk; ending the process loses it"
-                        )
-                        logger.error(message)
-                        self._on_wait(message)
+                    continue
+                if deadline is None:
+                    deadline = time.monotonic() + PATIENCE_S
+                    if PATIENCE_S > 0:
+                        self._tell_of_waiting()
+                if (left := deadline - time.monotonic()) > 0:
                     self._changed.wait(left)
                 else:
-                    item, self._failed = self._failed.item, None
-                    self._release(item, True)
+                    given_up, self._failed = self._failed, None
+                    self._changed.notify_all()
+        if given_up is not None:
+            self._release(given_up.item, False)
+
+    def _tell_of_waiting(self) -> None:
+        message = (
+            f"{self._failed_name} is kept in memory and tried again every {RETRY_EVERY_S:.0f} s for "
+            f"{PATIENCE_S / 60:.0f} min: make room on the disk; ending the process loses it"
+        )
+        logger.error(message)
+        self._on_wait(message)
 
     def lag_s(self) -> float:
         """Seconds since the oldest unfinished item was submitted; 0 when all is written."""
@@ -291,7 +305,7 @@ class AsyncCheckpointWriter(Generic[T]):
         return time.monotonic() - min(times) if times else 0.0
 
     def close(self) -> None:
-        """Write what waits, however long it takes, and end the thread; raises as `flush` does, each time."""
+        """`flush`, and end the thread; raises as `flush` does, each time."""
         with self._changed:
             self._closing = True
         self._settle()
@@ -307,12 +321,13 @@ class AsyncCheckpointWriter(Generic[T]):
                 if self._waiting:
                     item, _, self._busy_since, _ = self._waiting.popleft()
                     return item, self._busy_since, False
-                pause = None if self._failed is None else self._failed.again_s - time.monotonic()
-                if self._failed is not None and pause is not None and pause <= 0:
-                    item, self._busy_since, _ = self._failed
-                    self._failed = None
-                    return item, self._busy_since, True
-                if self._closing and self._failed is None:
+                pause = None
+                if self._failed is not None:
+                    pause = self._failed.again_s - time.monotonic()
+                    if pause <= 0:
+                        (item, self._busy_since, _), self._failed = self._failed, None
+                        return item, self._busy_since, True
+                elif self._closing:
                     return None
                 self._changed.wait(pause)
 
@@ -324,16 +339,22 @@ class AsyncCheckpointWriter(Generic[T]):
                 self._write(item)
             except Exception as error:  # handed over: flush and close raise it
                 expected = isinstance(error, OSError | CheckpointError)
-                level = logging.DEBUG if again and expected else logging.ERROR
-                self._error_of = self._name(item)
-                logger.log(level, "%s could not be written: %s", self._error_of, error, exc_info=not expected)
+                level = logging.DEBUG if again and self._may_pass(error) else logging.ERROR
+                self._failed_name = self._name(item)
+                logger.log(level, "%s could not be written: %s", self._failed_name, error, exc_info=not expected)
                 failure = error.with_traceback(None)  # its frames hold the whole state
             with self._changed:
-                self._error = failure
-                self._busy_since = None
-                if failure is not None and self._may_pass(failure) and not self._waiting:
+                held = failure is not None and self._may_pass(failure) and not self._waiting
+                if held:
                     self._failed = _Failed(item, since_s, time.monotonic() + RETRY_EVERY_S)
-                ended = self._failed is None
-                if ended:
-                    self._release(item, True)
-                self._changed.notify_all()
+            try:
+                if not held:
+                    self._release(item, False)
+            except Exception as error:  # handed over: flush and close raise it
+                logger.error("the memory of %s is lost: %s", self._name(item), error)
+                failure = failure or error
+            finally:
+                with self._changed:
+                    self._error = failure
+                    self._busy_since = None
+                    self._changed.notify_all()

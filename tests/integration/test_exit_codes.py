@@ -14,6 +14,7 @@ import torch
 
 import start_up
 import train_direct
+from tagger.alerts import Alerts
 from tagger.checkpoint import writer
 from tagger.checkpoint.format import FileEntry, Tensors
 from tagger.data import image_reader, prefetch, quarantine, thread_pass
@@ -203,3 +204,22 @@ def test_divergence_before_any_checkpoint_says_that_there_is_none(
     assert train_direct.main(arguments(images, tmp_path, "run", "checkpoint.every_steps=1000")) == 4
     assert "there is no checkpoint yet: start over with --resume auto" in str(results_of(tmp_path / "run")["error"])
     assert "from a checkpoint" not in caplog.text
+
+
+def test_a_run_whose_end_waits_for_a_full_disk_says_so_and_goes_on_once_there_is_room(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = full_disk_at_the_last_save(monkeypatch, images)
+    monkeypatch.setattr(writer, "PATIENCE_S", 60.0)
+    full, sent = writer.write_tensors, []
+
+    def write_tensors(stream: IO[bytes], tensors: Tensors) -> FileEntry:
+        if "waiting for the disk" in sent:  # then somebody makes room
+            monkeypatch.undo()
+        return (writer.write_tensors if "waiting for the disk" in sent else full)(stream, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", write_tensors)
+    monkeypatch.setattr(Alerts, "send", lambda _, event, *__, **___: sent.append(event))
+    assert train_direct.main(arguments(images, tmp_path, "run", "training.num_epochs=1", *words)) == 0
+    assert "waiting for the disk" in sent
+    assert results_of(tmp_path / "run")["status"] == "completed" and (tmp_path / "run" / "model").is_dir()

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,6 +137,7 @@ class SlowDisk:
         self.written: list[int] = []
         self.dropped: list[int] = []
         self.released: list[int] = []
+        self.waited_for: list[str] = []
         self.started = threading.Semaphore(0)
         self.gate = threading.Semaphore(0)
         self.fail: set[int] = set()
@@ -147,9 +149,9 @@ class SlowDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.written.append(item)
 
-    def release(self, item: int, tried: bool) -> None:
+    def release(self, item: int, dropped: bool) -> None:
         self.released.append(item)
-        if not tried:
+        if dropped:
             self.dropped.append(item)
 
 
@@ -291,9 +293,9 @@ def holding(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncCh
     monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.01)
     monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 10.0)
     disk.gate.release(10_000)
-    made = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure)
+    made = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure, on_wait=disk.waited_for.append)
     yield made
-    made.patience_s = 0
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 0.0)
     with contextlib.suppress(CheckpointWriteError):
         made.close()
 
@@ -339,23 +341,78 @@ def test_the_end_waits_for_the_disk(holding: AsyncCheckpointWriter[int], disk: S
     disk.fail.clear()
     closing.join(10)
     assert not closing.is_alive() and disk.written == [1] and disk.released == [1]
+    (message,) = disk.waited_for
+    assert "is kept in memory and tried again every" in message
 
 
 def test_the_end_waits_no_longer_than_its_patience(
-    holding: AsyncCheckpointWriter[int], disk: SlowDisk, caplog: pytest.LogCaptureFixture
+    holding: AsyncCheckpointWriter[int], disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk.fail = {1}
     holding.submit(1)
-    holding.patience_s = 0.2
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 0.2)
     for _ in range(2):
         with pytest.raises(CheckpointWriteError, match="No space left on device"):
             holding.close()
-    assert disk.written == [] and disk.released == [1]
-    assert "is kept in memory and tried again every" in caplog.text
+    assert disk.written == [] and disk.released == [1] and len(disk.waited_for) == 1
+
+
+def test_what_failed_while_a_newer_one_waits_is_not_tried_again(
+    disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 10.0)
+    writer = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure)
+    disk.fail = {1}
+    writer.submit(1)
+    assert disk.started.acquire(timeout=10)
+    writer.submit(2)
+    disk.gate.release(1)
+    assert disk.started.acquire(timeout=10)  # of 2, so that 1 has failed
+    disk.fail.clear()
+    disk.gate.release(100)
+    writer.close()
+    assert disk.written == [2] and disk.released == [1, 2]
+
+
+def test_what_fails_while_a_newer_one_is_made_gives_way_to_it(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between `supersede`, which makes room, and `submit`."""
+    monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.3)
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 10.0)
+    writer = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure)
+    disk.fail = {1}
+    writer.submit(1)
+    assert disk.started.acquire(timeout=10)
+    writer.supersede(LAST)
+    disk.gate.release(100)
+    while writer._failed is None:
+        time.sleep(0.001)
+    disk.fail.clear()
+    writer.submit(2)
+    writer.flush()
+    time.sleep(0.4)  # past the next try
+    writer.close()
+    assert disk.written == [2] and disk.released == [1, 2]
+
+
+def test_a_release_that_fails_ends_no_writer(disk: SlowDisk) -> None:
+    def release(item: int, _: bool) -> None:
+        if item == 1:
+            raise RuntimeError("the device is gone")
+
+    disk.gate.release(100)
+    writer = AsyncCheckpointWriter(disk.write, release)
+    writer.submit(1)
+    with pytest.raises(CheckpointWriteError, match="the device is gone"):
+        writer.flush()
+    writer.submit(2)
+    writer.close()
+    assert disk.written == [1, 2]
 
 
 def test_a_fault_of_the_program_is_not_tried_again(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 1.0)
     tries: list[int] = []
 
     def write(item: int) -> None:

@@ -302,32 +302,59 @@ def test_a_failed_save_is_told_once_and_the_next_one_succeeds(tmp_path: Path, mo
     assert manager.best is not None and manager.best.value == 0.5 and manager.saved_step == 3
 
 
-def test_a_save_that_the_disk_refused_is_made_once_it_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tagger.checkpoint import writer
+def test_a_save_that_the_disk_refused_is_made_once_it_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tagger.checkpoint import saver, writer
 
     monkeypatch.setattr(writer, "RETRY_EVERY_S", 0.01)
     monkeypatch.setattr(writer, "PATIENCE_S", 10.0)
-    state, tries = new_state(), threading.Semaphore(0)
+    state, writes, looks = new_state(), [], threading.Semaphore(0)
 
-    def full_still(*words: object) -> None:
-        tries.release()
-        full(*words)
+    def no_room(*_: object) -> None:
+        looks.release()
+        full()
+
+    def full_once(*words: object) -> None:
+        writes.append(words)
+        full()
 
     with CheckpointManager(tmp_path, 2, "val/mAP") as manager:
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "write_tensors", full_still)
+            patch.setattr(writer, "write_tensors", full_once)
+            patch.setattr(saver, "require_room", no_room)
             train(state, 1)
             manager.save(state, scores(0.9))
             for _ in range(4):
-                assert tries.acquire(timeout=10)
+                assert looks.acquire(timeout=10)
+            assert len(writes) == 1  # a full disk is not filled again and again
         weights = copy.deepcopy(state.model.state_dict())
         train(state, 3)  # what is saved is the state of then
         manager.flush()
         assert [failure.step for failure in manager.poll()] == [1] and manager.num_failures == 1
         loaded = manager.load("best")
-    assert loaded is not None and loaded.step == 1
+    assert loaded is not None and loaded.step == 1 and "step 1 is saved now" in caplog.text
     torch.testing.assert_close(dict(loaded.tensors["model"]), dict(weights), rtol=0, atol=0)
-    manager.close()
+
+
+def test_a_second_try_that_fails_in_another_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tagger.checkpoint import writer
+
+    monkeypatch.setattr(writer, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(writer, "PATIENCE_S", 10.0)
+    errors = iter([OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+
+    def fail(*_: object) -> None:
+        raise next(errors)
+
+    state = new_state()
+    manager = CheckpointManager(tmp_path, 2, "val/mAP")
+    monkeypatch.setattr(writer, "write_tensors", fail)
+    with pytest.raises(CheckpointWriteError, match="Permission denied"):
+        manager.save(state, wait=True)
+    assert [type(failure.error) for failure in manager.poll()] == [OSError, PermissionError]
+    with pytest.raises(CheckpointWriteError, match="Permission denied"):
+        manager.close()
 
 
 def test_a_failed_last_save_is_raised_by_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
