@@ -350,9 +350,8 @@ class AsyncCheckpointWriter(Generic[T]):
             try:
                 if not held:
                     self._release(item, False)
-            except Exception as error:  # handed over: flush and close raise it
+            except Exception as error:  # what was to be written is not touched by that; the next save has other memory
                 logger.error("the memory of %s is lost: %s", self._name(item), error)
-                failure = failure or error
             finally:
                 with self._changed:
                     self._error = failure

@@ -288,16 +288,23 @@ def test_closing_after_an_older_failure_is_no_error() -> None:
 
 
 @pytest.fixture
-def holding(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncCheckpointWriter[int]]:
-    """A writer that tries again what fails; the disk answers at once."""
+def retrying(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncCheckpointWriter[int]]:
+    """A writer that tries again what fails."""
     monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.01)
     monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 10.0)
-    disk.gate.release(10_000)
     made = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure, on_wait=disk.waited_for.append)
     yield made
     monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 0.0)
+    disk.gate.release(10_000)
     with contextlib.suppress(CheckpointWriteError):
         made.close()
+
+
+@pytest.fixture
+def holding(retrying: AsyncCheckpointWriter[int], disk: SlowDisk) -> AsyncCheckpointWriter[int]:
+    """The same beside a disk that answers at once."""
+    disk.gate.release(10_000)
+    return retrying
 
 
 def failed_often(disk: SlowDisk) -> None:
@@ -327,7 +334,7 @@ def test_what_failed_gives_way_to_whatever_is_newer(holding: AsyncCheckpointWrit
     holding.flush()
     disk.fail.clear()
     holding.flush()
-    assert disk.written == [2] and disk.released == [1, 2] and disk.dropped == []
+    assert disk.written == [2] and sorted(disk.released) == [1, 2] and disk.dropped == []
 
 
 def test_the_end_waits_for_the_disk(holding: AsyncCheckpointWriter[int], disk: SlowDisk) -> None:
@@ -358,44 +365,41 @@ def test_the_end_waits_no_longer_than_its_patience(
 
 
 def test_what_failed_while_a_newer_one_waits_is_not_tried_again(
-    disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+    retrying: AsyncCheckpointWriter[int], disk: SlowDisk
 ) -> None:
-    monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.01)
-    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 10.0)
-    writer = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure)
     disk.fail = {1}
-    writer.submit(1)
+    retrying.submit(1)
     assert disk.started.acquire(timeout=10)
-    writer.submit(2)
+    retrying.submit(2)
     disk.gate.release(1)
     assert disk.started.acquire(timeout=10)  # of 2, so that 1 has failed
     disk.fail.clear()
     disk.gate.release(100)
-    writer.close()
+    retrying.close()
     assert disk.written == [2] and disk.released == [1, 2]
 
 
-def test_what_fails_while_a_newer_one_is_made_gives_way_to_it(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_while_a_newer_one_is_made_gives_way_to_it(
+    retrying: AsyncCheckpointWriter[int], disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between `supersede`, which makes room, and `submit`."""
     monkeypatch.setattr(checkpoint_writer, "RETRY_EVERY_S", 0.3)
-    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 10.0)
-    writer = AsyncCheckpointWriter(disk.write, disk.release, may_pass=is_storage_failure)
     disk.fail = {1}
-    writer.submit(1)
+    retrying.submit(1)
     assert disk.started.acquire(timeout=10)
-    writer.supersede(LAST)
+    retrying.supersede(LAST)
     disk.gate.release(100)
-    while writer._failed is None:
+    while retrying._failed is None:
         time.sleep(0.001)
     disk.fail.clear()
-    writer.submit(2)
-    writer.flush()
+    retrying.submit(2)
+    retrying.flush()
     time.sleep(0.4)  # past the next try
-    writer.close()
-    assert disk.written == [2] and disk.released == [1, 2]
+    retrying.close()
+    assert disk.written == [2] and sorted(disk.released) == [1, 2]
 
 
-def test_a_release_that_fails_ends_no_writer(disk: SlowDisk) -> None:
+def test_a_release_that_fails_ends_no_writer(disk: SlowDisk, caplog: pytest.LogCaptureFixture) -> None:
     def release(item: int, _: bool) -> None:
         if item == 1:
             raise RuntimeError("the device is gone")
@@ -403,11 +407,10 @@ def test_a_release_that_fails_ends_no_writer(disk: SlowDisk) -> None:
     disk.gate.release(100)
     writer = AsyncCheckpointWriter(disk.write, release)
     writer.submit(1)
-    with pytest.raises(CheckpointWriteError, match="the device is gone"):
-        writer.flush()
+    writer.flush()  # it is on disk
     writer.submit(2)
     writer.close()
-    assert disk.written == [1, 2]
+    assert disk.written == [1, 2] and "is lost: the device is gone" in caplog.text
 
 
 def test_a_fault_of_the_program_is_not_tried_again(disk: SlowDisk, monkeypatch: pytest.MonkeyPatch) -> None:
